@@ -1,0 +1,141 @@
+// Element-wise work over tensors on the CPU: contiguous inputs of one shape, cut into chunks that do not depend on the
+// number of threads, so that sums are the same bits on any. Half types pass through float buffers, block by block.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "../ggd.h"
+
+namespace fastprob {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 512;        // elements that one call of a body works on: 14 float arrays in 28 KB of L1
+constexpr int64_t kChunk = 8 * kBlock;  // elements that one thread takes at a time
+
+// Which of an operator's three torch operators a kernel is to be; see fastprob/_op.py.
+enum class Kind { value, backward, value_and_grad };
+
+// A kernel's arguments off the dispatcher's stack, in the order of the operator's schema.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+
+  template <typename T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  template <size_t N>
+  std::array<Tensor, N> contiguous() {
+    std::array<Tensor, N> tensors;
+    for (Tensor& t : tensors) t = torch::stable::contiguous(next<Tensor>());
+    return tensors;
+  }
+
+ private:
+  StableIValue* next_;
+};
+
+// Tensors like the inputs for the gradients that bits of `needs` ask for, of shape (0,) for the others.
+template <size_t N>
+std::array<Tensor, N> gradients_like(const std::array<Tensor, N>& inputs, int64_t needs) {
+  std::array<Tensor, N> out;
+  for (size_t i = 0; i < N; ++i) {
+    const bool wanted = needs >> i & 1;
+    out[i] = wanted ? torch::stable::empty_like(inputs[i]) : torch::stable::new_empty(inputs[i], {0});
+  }
+  return out;
+}
+
+inline Tensor scalar_like(const Tensor& like, double value) {
+  Tensor out = torch::stable::new_empty(like, {});
+  torch::stable::fill_(out, value);
+  return out;
+}
+
+// Calls body(compute, storage) with values of a tensor's compute and storage types.
+template <typename Body>
+double for_type(const Tensor& tensor, const Body& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return body(double(), double());
+    case ScalarType::Float:
+      return body(float(), float());
+    case ScalarType::BFloat16:
+      return body(float(), c10::BFloat16());
+    case ScalarType::Half:
+      return body(float(), c10::Half());
+    default:
+      STD_TORCH_CHECK(false, "fastprob: unsupported dtype");
+  }
+}
+
+inline double item(const Tensor& scalar) {
+  return for_type(scalar, [&](auto compute, auto storage) {
+    return static_cast<decltype(compute)>(*static_cast<const decltype(storage)*>(scalar.data_ptr()));
+  });
+}
+
+// Calls body(in, out, n) -> double for every block of elements, compute type C and storage type S, and returns the sum
+// of what it returns. A null output is not stored; the body gets a scratch array in its place.
+template <typename C, typename S, size_t I, size_t O, typename Body>
+double for_blocks_of(const std::array<const S*, I>& in, const std::array<S*, O>& out, int64_t size, const Body& body) {
+  const int64_t chunks = (size + kChunk - 1) / kChunk;
+  std::vector<double> sums(chunks);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    alignas(64) C scratch[(std::is_same_v<C, S> ? 0 : I) + O][kBlock];
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      double sum = 0;
+      for (int64_t at = chunk * kChunk; at < std::min(size, (chunk + 1) * kChunk); at += kBlock) {
+        const int64_t n = std::min(kBlock, size - at);
+        std::array<const C*, I> block_in;
+        std::array<C*, O> block_out;
+        for (size_t k = 0; k < O; ++k) block_out[k] = scratch[k];
+        if constexpr (std::is_same_v<C, S>) {
+          for (size_t k = 0; k < I; ++k) block_in[k] = in[k] + at;
+          for (size_t k = 0; k < O; ++k)
+            if (out[k]) block_out[k] = out[k] + at;
+          sum += body(block_in, block_out, n);
+        } else {
+          for (size_t k = 0; k < I; ++k) {
+            for (int64_t i = 0; i < n; ++i) scratch[O + k][i] = static_cast<C>(in[k][at + i]);
+            block_in[k] = scratch[O + k];
+          }
+          sum += body(block_in, block_out, n);
+          for (size_t k = 0; k < O; ++k)
+            for (int64_t i = 0; out[k] && i < n; ++i) out[k][at + i] = static_cast<S>(block_out[k][i]);
+        }
+      }
+      sums[chunk] = sum;
+    }
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+// As above for tensors of any of the four types; an output with no elements is not stored. `body` is generic in C.
+template <size_t I, size_t O, typename Body>
+double for_blocks(const std::array<Tensor, I>& in, const std::array<Tensor, O>& out, const Body& body) {
+  return for_type(in[0], [&](auto compute, auto storage) {
+    using C = decltype(compute);
+    using S = decltype(storage);
+    std::array<const S*, I> from;
+    std::array<S*, O> to;
+    for (size_t k = 0; k < I; ++k) from[k] = static_cast<const S*>(in[k].data_ptr());
+    for (size_t k = 0; k < O; ++k) to[k] = out[k].numel() ? static_cast<S*>(out[k].data_ptr()) : nullptr;
+    return for_blocks_of<C, S>(from, to, in[0].numel(), body);
+  });
+}
+
+}  // namespace fastprob

@@ -1,0 +1,11 @@
+"""fastprob: fused operators and modules for probabilistic vision-language adaptation."""
+
+from fastprob._version import __version__
+from fastprob._backends import backend, info, load
+from fastprob.ops import ggd_nll, ggd_variance, probvlm_loss
+
+load()
+del load
+
+
+__all__ = ["__version__", "backend", "ggd_nll", "ggd_variance", "info", "probvlm_loss"]

@@ -1,0 +1,246 @@
+"""The one mechanism: a typed PyTorch function becomes a registered operator.
+
+`@operator(...)` reads the function's signature and defines up to three torch operators from it:
+
+    fastprob::x                   the function itself
+    fastprob::_x_backward         (grad, inputs..., needs) -> a gradient per tensor input
+    fastprob::_x_value_and_grad   (inputs..., needs) -> the value and the gradients for grad = 1, in one pass
+                                  (only where the result is a scalar)
+
+The function's body is their kernel on every device (CompositeExplicitAutograd) and, run on fake tensors, their
+shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says that tensor input i wants its gradient; one that is
+not wanted comes back as an empty tensor of shape (0,).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OPS: dict[str, Op] = {}
+EDGE_SHAPES = ((), (0, 4), (1, 1), (3, 5), (65, 129))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LIBRARY = torch.library.Library("fastprob", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator and all that is declared with it."""
+
+    name: str
+    signature: inspect.Signature
+    reference: Callable[..., Tensor]
+    gradient: Callable[..., tuple[Tensor, ...]]
+    check: Callable[..., None]
+    samples: Callable[..., Iterator[tuple[tuple, dict]]]
+    is_scalar: Callable[..., bool] | None
+
+    @functools.cached_property
+    def tensors(self) -> list[str]:
+        return [k for k, p in self.signature.parameters.items() if p.kind is not p.KEYWORD_ONLY]
+
+    @functools.cached_property
+    def options(self) -> dict[str, object]:
+        """Keyword options and their defaults."""
+        return {k: p.default for k, p in self.signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    @functools.cached_property
+    def raw(self) -> dict[str, Callable]:
+        """Torch operator name -> its reference."""
+        raw = {self.name: self._value, f"_{self.name}_backward": self._backward}
+        if self.is_scalar:
+            raw[f"_{self.name}_value_and_grad"] = self._value_and_grad
+        return raw
+
+    def _value(self, *tensors: Tensor, **options) -> Tensor:
+        return self.reference(*tensors, **options).contiguous()
+
+    def _backward(self, grad: Tensor, *tensors: Tensor, needs: int, **options) -> tuple[Tensor, ...]:
+        grads = self.gradient(grad, *tensors, **{**self.options, **options})  # torch drops defaults
+        return tuple(
+            g.contiguous() if needs >> i & 1 else t.new_empty(0)
+            for i, (g, t) in enumerate(zip(grads, tensors, strict=True))
+        )
+
+    def _value_and_grad(self, *tensors: Tensor, needs: int, **options) -> tuple[Tensor, ...]:
+        one = tensors[0].new_ones(())
+        return self._value(*tensors, **options), *self._backward(one, *tensors, needs=needs, **options)
+
+
+def operator(*, gradient, check, samples, is_scalar=None):
+    """Registers the decorated reference as `torch.ops.fastprob.<name>` and returns the function that users call.
+
+    Args:
+        gradient: `gradient(grad, *tensors, **options)` -> one gradient per tensor, in differentiable torch code.
+        check: `check(**arguments)` raises ValueError; dtype, device and broadcasting are checked for every operator.
+        samples: `samples(make)` yields `(tensors, options)`; `make(*shape, low, high)` draws a tensor.
+        is_scalar: `is_scalar(**options)`, where true the forward pass computes the gradients too.
+    """
+
+    def register(reference):
+        op = Op(reference.__name__, inspect.signature(reference), reference, gradient, check, samples, is_scalar)
+        _define(op)
+        OPS[op.name] = op
+        apply = _autograd_function(op).apply
+        count, names = len(op.tensors), list(op.signature.parameters)
+
+        @functools.wraps(reference)
+        def function(*args, **kwargs):
+            values = {**op.options, **dict(zip(names, args)), **kwargs}
+            if len(values) != len(names) or len(args) > count or any(k in kwargs for k in names[: len(args)]):
+                op.signature.bind(*args, **kwargs)  # raises the TypeError that Python would
+            tensors = _check_tensors(op, [values[k] for k in names[:count]])
+            op.check(**values)
+            needs = 0
+            if op.is_scalar and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+                if op.is_scalar(**{k: values[k] for k in names[count:]}):
+                    needs = sum(t.requires_grad << i for i, t in enumerate(tensors))
+            return apply(needs, *tensors, *[values[k] for k in names[count:]])[0]
+
+        return function
+
+    return register
+
+
+def _define(op: Op) -> None:
+    """Defines the torch operators of `op`, with the reference as kernel and as shape function."""
+    inputs = torch.library.infer_schema(op.reference, mutates_args=()).rsplit(" -> ", 1)[0][1:-1]
+    with_needs = inputs + (", " if op.options else ", *, ") + "int needs"
+    grads = ", ".join(["Tensor"] * len(op.tensors))
+    schemas = {
+        op.name: f"({inputs}) -> Tensor",
+        f"_{op.name}_backward": f"(Tensor grad, {with_needs}) -> ({grads})",
+        f"_{op.name}_value_and_grad": f"({with_needs}) -> (Tensor, {grads})",
+    }
+    for name, reference in op.raw.items():
+        _LIBRARY.define(name + schemas[name])
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastprob::{name}", reference, lib=_LIBRARY)
+
+
+def one_of(op: str, name: str, value: object, choices: tuple) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_tensors(op: Op, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors on one device, of one dtype (float32 under autocast) and broadcast to one shape."""
+    for name, t in zip(op.tensors, tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op.name}: {name} must be a tensor, got {type(t).__name__}")
+    first = tensors[0]
+    if torch.is_autocast_enabled(first.device.type):
+        tensors = [t if t.dtype == torch.float64 else t.float() for t in tensors]
+        first = tensors[0]
+    for name, t in zip(op.tensors, tensors):
+        if t.dtype not in DTYPES:
+            raise ValueError(f"{op.name}: {name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+        if t.dtype != first.dtype or t.device != first.device:
+            raise ValueError(
+                f"{op.name}: {name} must be {first.dtype} on {first.device} as {op.tensors[0]} is,"
+                f" got {t.dtype} on {t.device}"
+            )
+    if all(t.shape == first.shape for t in tensors):
+        return tensors
+    for axis in range(-max(t.dim() for t in tensors), 0):
+        if len({t.shape[axis] for t in tensors if t.dim() >= -axis} - {1}) > 1:
+            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(op.tensors, tensors))
+            raise ValueError(f"{op.name}: inputs must broadcast to one shape, got {shapes}")
+    return list(torch.broadcast_tensors(*tensors))
+
+
+def _autograd_function(op: Op) -> type[torch.autograd.Function]:
+    """The differentiable operator: kernels forward and backward, the reference for higher derivatives."""
+    overloads = {name: getattr(torch.ops.fastprob, name).default for name in op.raw}
+    value, backward_ = overloads[op.name], overloads[f"_{op.name}_backward"]
+    value_and_grad = overloads.get(f"_{op.name}_value_and_grad")
+    count, names = len(op.tensors), list(op.options)
+
+    def split(args):
+        return args[:count], dict(zip(names, args[count:]))
+
+    class Gradient(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(needs, grad, *args):
+            tensors, options = split(args)
+            return backward_(grad, *tensors, **options, needs=needs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.needs, ctx.option_values = inputs[0], inputs[2 + count :]
+            ctx.save_for_backward(*inputs[1 : 2 + count])
+
+        @staticmethod
+        def backward(ctx, *grads):
+            options = dict(zip(names, ctx.option_values))
+
+            def wanted(grad, *tensors):
+                return tuple(g for i, g in enumerate(op.gradient(grad, *tensors, **options)) if ctx.needs >> i & 1)
+
+            _, vjp = torch.func.vjp(wanted, *ctx.saved_tensors)
+            seconds = vjp(tuple(g for i, g in enumerate(grads) if ctx.needs >> i & 1))
+            return None, *seconds, *[None] * len(names)
+
+    class Value(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(needs, *args):
+            tensors, options = split(args)
+            return value_and_grad(*tensors, **options, needs=needs) if needs else (value(*tensors, **options),)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.option_values = inputs[1 + count :]
+            ctx.save_for_backward(*inputs[1 : 1 + count], *output[1:])
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+            ctx.scaled = False
+
+        @staticmethod
+        def backward(ctx, grad, *_):
+            if grad is None:
+                return (None,) * (1 + count + len(names))
+            tensors, grads = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+            needs = sum(n << i for i, n in enumerate(ctx.needs_input_grad[1 : 1 + count]))
+            if not grads or ctx.scaled or torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                grads = Gradient.apply(needs, grad, *tensors, *ctx.option_values)
+            elif torch.compiler.is_compiling():
+                grads = [g * grad for g in grads]  # Inductor fuses the product into what reads it
+            else:
+                ctx.scaled = True  # in place: a second backward pass recomputes them
+                torch.ops.fastprob._scale_.default(list(grads), grad)
+            wanted = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
+            return None, *wanted, *[None] * len(names)
+
+    def setup_context(ctx, inputs, keyword_only_inputs, output):
+        ctx.option_values = tuple(keyword_only_inputs[k] for k in names)
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx, grad):
+        needs = sum(n << i for i, n in enumerate(ctx.needs_input_grad[:count]))
+        grads = Gradient.apply(needs, grad, *ctx.saved_tensors, *ctx.option_values)
+        return tuple(g if needs >> i & 1 else None for i, g in enumerate(grads))
+
+    torch.library.register_autograd(value, backward, setup_context=setup_context, lib=_LIBRARY)
+    return Value
+
+
+def _scale_(grads: list[Tensor], scale: Tensor) -> None:
+    """Multiplies the tensors by a scalar in place, and leaves them alone where it is 1: a loss's usual gradient."""
+    if scale.device.type == "cpu" and scale.item() == 1:
+        return
+    with torch.autograd._unsafe_preserve_version_counter(tuple(grads)):
+        torch._foreach_mul_([g for g in grads if g.numel()], scale)
+
+
+_LIBRARY.define("_scale_(Tensor(a!)[] grads, Tensor scale) -> ()")
+_LIBRARY.impl("_scale_", _scale_, "CompositeExplicitAutograd")

@@ -1,0 +1,69 @@
+"""The generalised Gaussian in torch code: what the references of its operators share.
+
+With a = inv_alpha + eps, b = beta + eps and r = |mu - z|, the negative log-likelihood without its constant log 2 is
+
+    nll = clamp(t, clamp_min, clamp_max) - log a + lgamma(1 + 1/b)
+    t   = (r a)^b        form "paper":    the density of ProbVLM (Upadhyay et al., ICCV 2023), eq. 3
+    t   = r a b          form "released": what the authors' code computes
+
+lgamma(1/b) - log b = lgamma(1 + 1/b) leaves one special function and no pole. Where t is clamped its gradient is
+zero; so it is at an exact tie r = 0, where the power's own derivative is infinite for b < 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprob._op import one_of
+
+FORMS = ("paper", "released")
+
+
+def check_ggd(op: str, *, form: str, eps: float, clamp_min: float, clamp_max: float, **_) -> None:
+    one_of(op, "form", form, FORMS)
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    if not 0 <= clamp_min <= clamp_max:
+        raise ValueError(f"{op}: clamp_min and clamp_max must satisfy 0 <= min <= max, got {clamp_min}, {clamp_max}")
+
+
+def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Half types widened to float32, in which every operator computes."""
+    return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def shifted(inv_alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """a and b; NaN outside the domain a >= 0, b > 0."""
+    a, b = inv_alpha + eps, beta + eps
+    return torch.where(a >= 0, a, torch.nan), torch.where(b > 0, b, torch.nan)
+
+
+def log_normaliser(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lgamma(1 + 1 / b) - a.log()
+
+
+def residual(d: Tensor, a: Tensor, b: Tensor, form: str) -> Tensor:
+    """t for the differences d = mu - z, not yet clamped."""
+    return (d.abs() * a).pow(b) if form == "paper" else d.abs() * a * b
+
+
+def log_normaliser_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives for a and b."""
+    return -1 / a, -torch.digamma(1 + 1 / b) / b.square()
+
+
+def residual_gradient(
+    d: Tensor, a: Tensor, b: Tensor, form: str, clamp_min: float, clamp_max: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of the clamped residual for d, a and b."""
+    t, r = residual(d, a, b, form), d.abs()
+    clamped = (t < clamp_min) | (t > clamp_max)
+    if form == "paper":
+        u = r * a
+        log_u = torch.where(u == 0, 1, u).log()
+        partials = b * t / torch.where(d == 0, 1, d), b * t / a, t * log_u
+        clamped = clamped | (u == 0)
+    else:
+        partials = a * b * torch.where(d == 0, 0, d / r), r * b, r * a
+    return tuple(torch.where(clamped, 0, p) for p in partials)

@@ -1,0 +1,1 @@
+"""Triton kernels: a file per operator, functions named as the torch operators that they serve."""
