@@ -20,7 +20,7 @@ namespace fastprob {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 512;        // elements that one call of a body works on: 14 float arrays in 28 KB of L1
+constexpr int64_t kBlock = 512;         // elements that one call of a body works on: 14 float arrays in 28 KB of L1
 constexpr int64_t kChunk = 8 * kBlock;  // elements that one thread takes at a time
 
 // Which of an operator's three torch operators a kernel is to be; see fastprob/_op.py.

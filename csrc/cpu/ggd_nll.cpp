@@ -10,23 +10,23 @@ template <bool paper, bool has_gradients, bool has_grad, typename T, size_t I, s
 double block(
     const std::array<const T*, I>& in, const std::array<T*, O>& out, int64_t n, const Bounds<T>& bounds, T scale) {
   const T *mu = in[0], *inv_alpha = in[1], *beta = in[2], *target = in[3], *grad = has_grad ? in[I - 1] : nullptr;
-  T* const first = out[0];
+  T *values = out[0], *g_mu = out[0], *g_inv_alpha = out[1 % O], *g_beta = out[2 % O], *g_target = out[3 % O];
+  const Bounds<T> limits = bounds;
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < n; ++k) {
-    const Shape<T> shape(inv_alpha[k], beta[k], bounds.eps);
-    const auto t = residual<paper>(mu[k] - target[k], shape, bounds);
-    const T nll = shape.gamma.stirling - log_product(shape.a, T(1), shape.gamma.p, T(1)) + t.t;
+    const Shape<T> shape = shape_of(inv_alpha[k], beta[k], limits.eps);
+    const auto t = residual<paper>(mu[k] - target[k], shape.a, shape.b, shape.inv_a, limits);
+    const T nll = shape.stirling - log_product(shape.a * shape.p, T(1)) + t.t;
     sum += nll;
     if constexpr (has_gradients) {
       const T g = has_grad ? scale * grad[k] : scale;
-      const T g_mu = g * t.d;
-      out[0][k] = g_mu;
-      out[1][k] = g * (t.a - shape.inv_a);
-      out[2][k] = g * (t.b + shape.beta_gradient);
-      out[3][k] = -g_mu;
+      g_mu[k] = g * t.d;
+      g_inv_alpha[k] = g * (t.a - shape.inv_a);
+      g_beta[k] = g * (t.b + shape.beta_gradient);
+      g_target[k] = -g * t.d;
     } else {
-      first[k] = nll;
+      values[k] = nll;
     }
   }
   return sum;
@@ -48,7 +48,7 @@ void ggd_nll(StableIValue* stack, uint64_t, uint64_t) {
     constexpr bool has_grad = std::tuple_size_v<std::decay_t<decltype(inputs)>> == 5;
     return for_blocks(inputs, outputs, [&](const auto& from, const auto& to, int64_t n) {
       using T = std::remove_reference_t<decltype(*to[0])>;
-      const Bounds<T> bounds{T(eps), T(lo), T(hi)};
+      const Bounds<T> bounds(eps, lo, hi);
       constexpr bool g = decltype(has_gradients)::value;
       return paper ? block<true, g, has_grad>(from, to, n, bounds, T(scale))
                    : block<false, g, has_grad>(from, to, n, bounds, T(scale));
@@ -57,7 +57,8 @@ void ggd_nll(StableIValue* stack, uint64_t, uint64_t) {
   auto value = [&](double sum) { return scalar_like(in[0], sum / count); };
 
   if constexpr (kind == Kind::value) {
-    const std::array<Tensor, 1> out = {is_none ? torch::stable::empty_like(in[0]) : torch::stable::new_empty(in[0], {0})};
+    const std::array<Tensor, 1> out = {
+        is_none ? torch::stable::empty_like(in[0]) : torch::stable::new_empty(in[0], {0})};
     const double sum = run(in, out, std::false_type(), 1.0);
     stack[0] = torch::stable::detail::from(is_none ? out[0] : value(sum));
   } else {

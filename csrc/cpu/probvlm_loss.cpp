@@ -6,53 +6,77 @@ namespace {
 
 template <typename T>
 struct Weights {
-  T own_nll, cross_nll, own_l1, cross_l1;
+  T own, cross, own_l1, cross_l1;
 };
 
 enum class Gradients { none, adapters, all };
 
 // Order of inputs and gradients: image mu, inv_alpha, beta; text mu, inv_alpha, beta; image, text.
+template <typename T>
+using In = std::array<const T*, 8>;
+template <typename T>
+using Out = std::array<T*, 8>;
+
 template <bool paper, Gradients gradients, typename T>
-double block(
-    const std::array<const T*, 8>& in,
-    const std::array<T*, 8>& out,
-    int64_t n,
-    const Weights<T>& w,
-    const Bounds<T>& bounds,
-    T scale) {
-  const T *mu_i = in[0], *ia_i = in[1], *b_i = in[2], *mu_t = in[3], *ia_t = in[4], *b_t = in[5], *z_i = in[6],
-          *z_t = in[7];
-  T *g_mu_i = out[0], *g_ia_i = out[1], *g_b_i = out[2], *g_mu_t = out[3], *g_ia_t = out[4], *g_b_t = out[5],
-    *g_z_i = out[6], *g_z_t = out[7];
-  const T norm_weight = w.own_nll + w.cross_nll;
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
+double likelihoods(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, const Bounds<T>& bounds, T scale) {
+  const auto [mu_i, ia_i, b_i, mu_t, ia_t, b_t, z_i, z_t] = in;
+  const auto [g_mu_i, g_ia_i, g_b_i, g_mu_t, g_ia_t, g_b_t, g_z_i, g_z_t] = out;
+  const Bounds<T> limits = bounds;
+  const T own = scale * w.own, cross = scale * w.cross, both = own + cross;
+  T norms = 0, owns = 0, crosses = 0;
+#pragma omp simd reduction(+ : norms, owns, crosses)
   for (int64_t k = 0; k < n; ++k) {
-    const Shape<T> image(ia_i[k], b_i[k], bounds.eps), text(ia_t[k], b_t[k], bounds.eps);
-    const T d_ii = mu_i[k] - z_i[k], d_it = mu_i[k] - z_t[k], d_tt = mu_t[k] - z_t[k], d_ti = mu_t[k] - z_i[k];
-    const auto ii = residual<paper>(d_ii, image, bounds), it = residual<paper>(d_it, image, bounds);
-    const auto tt = residual<paper>(d_tt, text, bounds), ti = residual<paper>(d_ti, text, bounds);
-    const T logs = log_product(image.a, text.a, image.gamma.p, text.gamma.p);
-    sum += norm_weight * (image.gamma.stirling + text.gamma.stirling - logs) + w.own_nll * (ii.t + tt.t) + w.cross_nll * (it.t + ti.t) +
-           w.own_l1 * (std::fabs(d_ii) + std::fabs(d_tt)) + w.cross_l1 * (std::fabs(d_it) + std::fabs(d_ti));
+    const Shape<T> image = shape_of(ia_i[k], b_i[k], limits.eps), text = shape_of(ia_t[k], b_t[k], limits.eps);
+    const auto ii = residual<paper>(mu_i[k] - z_i[k], image.a, image.b, image.inv_a, limits);
+    const auto it = residual<paper>(mu_i[k] - z_t[k], image.a, image.b, image.inv_a, limits);
+    const auto tt = residual<paper>(mu_t[k] - z_t[k], text.a, text.b, text.inv_a, limits);
+    const auto ti = residual<paper>(mu_t[k] - z_i[k], text.a, text.b, text.inv_a, limits);
+    norms += image.stirling + text.stirling - log_product(image.a * image.p, text.a * text.p);
+    owns += ii.t + tt.t;
+    crosses += it.t + ti.t;
     if constexpr (gradients != Gradients::none) {
-      const T s_ii = scale * (w.own_nll * ii.d + w.own_l1 * sign(d_ii));
-      const T s_tt = scale * (w.own_nll * tt.d + w.own_l1 * sign(d_tt));
-      const T s_it = scale * (w.cross_nll * it.d + w.cross_l1 * sign(d_it));
-      const T s_ti = scale * (w.cross_nll * ti.d + w.cross_l1 * sign(d_ti));
-      g_mu_i[k] = s_ii + s_it;
-      g_mu_t[k] = s_tt + s_ti;
-      g_ia_i[k] = scale * (w.own_nll * ii.a + w.cross_nll * it.a - norm_weight * image.inv_a);
-      g_ia_t[k] = scale * (w.own_nll * tt.a + w.cross_nll * ti.a - norm_weight * text.inv_a);
-      g_b_i[k] = scale * (w.own_nll * ii.b + w.cross_nll * it.b + norm_weight * image.beta_gradient);
-      g_b_t[k] = scale * (w.own_nll * tt.b + w.cross_nll * ti.b + norm_weight * text.beta_gradient);
+      g_mu_i[k] = own * ii.d + cross * it.d;
+      g_mu_t[k] = own * tt.d + cross * ti.d;
+      g_ia_i[k] = own * ii.a + cross * it.a - both * image.inv_a;
+      g_ia_t[k] = own * tt.a + cross * ti.a - both * text.inv_a;
+      g_b_i[k] = own * ii.b + cross * it.b + both * image.beta_gradient;
+      g_b_t[k] = own * tt.b + cross * ti.b + both * text.beta_gradient;
       if constexpr (gradients == Gradients::all) {
-        g_z_i[k] = -(s_ii + s_ti);
-        g_z_t[k] = -(s_tt + s_it);
+        g_z_i[k] = -(own * ii.d + cross * ti.d);
+        g_z_t[k] = -(own * tt.d + cross * it.d);
       }
     }
   }
-  return sum;
+  return (w.own + w.cross) * double(norms) + w.own * double(owns) + w.cross * double(crosses);
+}
+
+// The l1 terms: their sum, and their gradients added to those of the likelihoods.
+template <Gradients gradients, typename T>
+double distances(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, T scale) {
+  const auto [mu_i, ia_i, b_i, mu_t, ia_t, b_t, z_i, z_t] = in;
+  const T own = scale * w.own_l1, cross = scale * w.cross_l1;
+  T owns = 0, crosses = 0;
+#pragma omp simd reduction(+ : owns, crosses)
+  for (int64_t k = 0; k < n; ++k) {
+    const T ii = mu_i[k] - z_i[k], it = mu_i[k] - z_t[k], tt = mu_t[k] - z_t[k], ti = mu_t[k] - z_i[k];
+    owns += std::fabs(ii) + std::fabs(tt);
+    crosses += std::fabs(it) + std::fabs(ti);
+    if constexpr (gradients != Gradients::none) {
+      out[0][k] += own * sign(ii) + cross * sign(it);
+      out[3][k] += own * sign(tt) + cross * sign(ti);
+    }
+    if constexpr (gradients == Gradients::all) {
+      out[6][k] -= own * sign(ii) + cross * sign(ti);
+      out[7][k] -= own * sign(tt) + cross * sign(it);
+    }
+  }
+  return w.own_l1 * double(owns) + w.cross_l1 * double(crosses);
+}
+
+template <bool paper, Gradients gradients, typename T>
+double block(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, const Bounds<T>& bounds, T scale) {
+  const double sum = likelihoods<paper, gradients>(in, out, n, w, bounds, scale);
+  return w.own_l1 == 0 ? sum : sum + distances<gradients>(in, out, n, w, scale);
 }
 
 template <Kind kind>
@@ -70,7 +94,7 @@ void probvlm_loss(StableIValue* stack, uint64_t, uint64_t) {
   const double sum = for_blocks(in, out, [&](const auto& from, const auto& to, int64_t n) {
     using T = std::remove_reference_t<decltype(*to[0])>;
     const Weights<T> w{T(nll), T(cross_weight * nll), T(l1), T(cross_weight * l1)};
-    const Bounds<T> bounds{T(eps), T(lo), T(hi)};
+    const Bounds<T> bounds(eps, lo, hi);
     auto call = [&](auto is_paper) {
       constexpr bool p = decltype(is_paper)::value;
       if (needs >> 6) return block<p, Gradients::all>(from, to, n, w, bounds, T(grad / count));
