@@ -5,7 +5,8 @@
 //     log2 u = e + log2 m, m in [1/sqrt 2, sqrt 2),   u^b = 2^(b e + b log2 m),
 // and its integer part taken off before rounding, which keeps it as exact as libm's pow. lgamma and digamma of 1 + y
 // come together from Stirling's series at X = y + 3, shifted down by the factors p = (1 + y)(2 + y). Subnormal
-// residuals and scales count as 0.
+// residuals and scales count as 0. On a GPU the special-function unit takes the reciprocals, the exponential and the
+// logarithm of the power; flushing subnormals spares it the scaling that they need.
 // double: libm, and the series at X = y + 10.
 #pragma once
 
@@ -55,28 +56,64 @@ FASTPROB_INLINE T polynomial(T x, T c0, Rest... rest) {
   return c0 + x * polynomial(x, T(rest)...);
 }
 
+// x y; on a GPU 0 where x or y is subnormal, so that what divides by one of them is not used.
+FASTPROB_INLINE float flushed_product(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+#else
+  return x * y;
+#endif
+}
+FASTPROB_INLINE double flushed_product(double x, double y) { return x * y; }
+
+// x / y; on a GPU within 2 ulp, the reciprocal flushed to 0 above 2^126 and infinite below 2^-126.
+FASTPROB_INLINE float quotient(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(y));
+  return x * reciprocal;
+#else
+  return x / y;
+#endif
+}
+FASTPROB_INLINE double quotient(double x, double y) { return x / y; }
+
 // ---- float: logarithm and power -------------------------------------------------------------------------------------
 
-// log2 of m in [1/sqrt 2, sqrt 2): relative error 3e-8 by the minimax polynomial, absolute error 2^-22 by lg2.approx.
-FASTPROB_INLINE float log2_mantissa(float m) {
-#if defined(__CUDA_ARCH__)
-  return __log2f(m);
-#else
+// log2 of m in [1/sqrt 2, sqrt 2), relative error 3e-8.
+FASTPROB_INLINE float log2_polynomial(float m) {
   const float f = m - 1;
   return f * polynomial(
                  f, 1.442695005e+00f, -7.213471993e-01f, 4.809102798e-01f, -3.607162641e-01f, 2.879390950e-01f,
                  -2.386756749e-01f, 2.152122427e-01f, -2.089338501e-01f, 1.292643648e-01f);
-#endif
 }
 
-// 2^f for |f| <= 1/2; relative error 2e-9 before rounding.
-FASTPROB_INLINE float exp2_fraction(float f) {
-#if defined(__CUDA_ARCH__)
-  return exp2f(f);
-#else
+// 2^f for |f| <= 1/2, relative error 2e-9 before rounding.
+FASTPROB_INLINE float exp2_polynomial(float f) {
   return polynomial(
       f, 1.f, 6.931472062e-01f, 2.402265135e-01f, 5.550327909e-02f, 9.618003978e-03f, 1.340023526e-03f,
       1.547627946e-04f);
+}
+
+// log2 x and 2^x by a GPU's special-function unit: errors of 2^-22, for log2 absolute in [1/2, 2] and else relative.
+FASTPROB_INLINE float log2_hardware(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::log2(x);
+#endif
+}
+FASTPROB_INLINE float exp2_hardware(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
 #endif
 }
 
@@ -91,10 +128,10 @@ FASTPROB_INLINE Split split(float x) {
   return {static_cast<float>(e), bit_cast<float>(i - static_cast<int32_t>(static_cast<uint32_t>(e) << 23))};
 }
 
-// log x for positive normal x.
+// log x for positive normal x. The polynomial on a GPU too: lgamma and digamma multiply its error by up to y^2.
 FASTPROB_INLINE float log_positive(float x) {
   const Split s = split(x);
-  return (s.exponent + log2_mantissa(s.mantissa)) * static_cast<float>(kLn2);
+  return (s.exponent + log2_polynomial(s.mantissa)) * static_cast<float>(kLn2);
 }
 FASTPROB_INLINE double log_positive(double x) { return std::log(x); }
 
@@ -106,7 +143,12 @@ FASTPROB_INLINE float log_limit(float x) {
 // log(x y) for x, y >= 0: one logarithm for two, and no overflow of the product.
 FASTPROB_INLINE float log_product(float x, float y) {
   const Split sx = split(x), sy = split(y), s = split(sx.mantissa * sy.mantissa);
-  const float log2 = (sx.exponent + sy.exponent + s.exponent) + log2_mantissa(s.mantissa);
+#if defined(__CUDA_ARCH__)
+  const float log2_m = log2_hardware(s.mantissa);
+#else
+  const float log2_m = log2_polynomial(s.mantissa);
+#endif
+  const float log2 = (sx.exponent + sy.exponent + s.exponent) + log2_m;
   return log2 * static_cast<float>(kLn2) + (log_limit(x) + log_limit(y));
 }
 FASTPROB_INLINE double log_product(double x, double y) { return std::log(x) + std::log(y); }
@@ -142,17 +184,27 @@ FASTPROB_INLINE Exponent nearest(float v) {
   return {rounded - rounder, bit_cast<float>((bit_cast<uint32_t>(rounded) << 23) + 0x3f800000u)};
 }
 
-FASTPROB_INLINE Power<float> clamped_power(float u, float b, float, float, float log2_lo, float log2_hi) {
+FASTPROB_INLINE Power<float> clamped_power(float u, float b, float lo, float hi, float log2_lo, float log2_hi) {
   const Split s = split(u);
+#if defined(__CUDA_ARCH__)
+  // The hardware's logarithm of all of u knows 0, infinity and NaN, and where t is clamped; t comes from the parts.
+  const float log2_u = log2_hardware(u), v = b * log2_u;
+  const bool below = v<log2_lo, above = v> log2_hi;
+  const Exponent e = nearest(v);
+  const float exact = fmaf(b, log2_hardware(s.mantissa), fmaf(b, s.exponent, -e.n));
+  const float t = select(below, lo, select(above, hi, exp2_hardware(exact) * e.scale));
+  return {t, log2_u * static_cast<float>(kLn2), select(below | above, 0.f, 1.f)};
+#else
   const float exponent = select(u < kTiny<float>, -kInf<float>, select(u < kInf<float>, s.exponent, u));
-  const float log2_m = log2_mantissa(s.mantissa), v = b * exponent + b * log2_m;
+  const float log2_m = log2_polynomial(s.mantissa), v = b * exponent + b * log2_m;
   const bool below = v<log2_lo, above = v> log2_hi, moves = !(below | above);
   const float cut = select(below, log2_lo, select(above, log2_hi, v));
   const Exponent e = nearest(cut);
   // b e - n is exact to one rounding, however large its parts.
   const float exact = std::fma(b, log2_m, std::fma(b, exponent, -e.n));
-  const float t = exp2_fraction(select(moves, exact, cut - e.n)) * e.scale;
+  const float t = exp2_polynomial(select(moves, exact, cut - e.n)) * e.scale;
   return {t, (exponent + log2_m) * static_cast<float>(kLn2), select(moves, 1.f, 0.f)};
+#endif
 }
 
 FASTPROB_INLINE Power<double> clamped_power(double u, double b, double lo, double hi, double, double) {
@@ -166,7 +218,7 @@ FASTPROB_INLINE float exponential(float x) {
   const bool below = x < -87.3f, above = x > 88.3f;
   const float cut = select(below, -87.3f, select(above, 88.3f, x));
   const Exponent e = nearest(cut * log2_e);
-  const float value = exp2_fraction(cut * log2_e_rest + std::fma(cut, log2_e, -e.n)) * e.scale;
+  const float value = exp2_polynomial(cut * log2_e_rest + std::fma(cut, log2_e, -e.n)) * e.scale;
   return select(below, 0.f, select(above, kInf<float>, value));
 }
 FASTPROB_INLINE double exponential(double x) { return std::exp(x); }
@@ -179,15 +231,19 @@ struct Gamma {
   T stirling, p, digamma;
 };
 
-FASTPROB_INLINE Gamma<float> gamma1p(float y) {
-  const float x = y + 3, p = (1 + y) * (2 + y);
-  const float log_x = log_positive(x), reciprocal = 1 / (x * p), r = reciprocal * p, r2 = r * r;
-  const float stirling = (std::fma(x - 0.5f, log_x, static_cast<float>(kHalfLog2Pi) - x)) +
-                         r * polynomial(r2, 1.f / 12, -1.f / 360, 1.f / 1260, -1.f / 1680);
-  const float digamma = log_x - 0.5f * r - r2 * polynomial(r2, 1.f / 12, -1.f / 120, 1.f / 252, -1.f / 240, 1.f / 132) -
-                        (2 * y + 3) * (reciprocal * x);
+template <typename T>
+FASTPROB_INLINE Gamma<T> short_series(T y) {
+  using std::fma;
+  const T x = y + 3, p = (1 + y) * (2 + y);
+  const T log_x = log_positive(x), reciprocal = quotient(T(1), x * p), r = reciprocal * p, r2 = r * r;
+  const T stirling =
+      fma(x - 0.5f, log_x, T(kHalfLog2Pi) - x) + r * polynomial(r2, T(1.f / 12), -1.f / 360, 1.f / 1260, -1.f / 1680);
+  const T digamma = log_x - 0.5f * r - r2 * polynomial(r2, T(1.f / 12), -1.f / 120, 1.f / 252, -1.f / 240, 1.f / 132) -
+                    (2 * y + 3) * (reciprocal * x);
   return {stirling, p, digamma};
 }
+
+FASTPROB_INLINE Gamma<float> gamma1p(float y) { return short_series(y); }
 
 FASTPROB_INLINE Gamma<double> gamma1p(double y) {
   double p = 1, reciprocals = 0;
@@ -219,10 +275,10 @@ struct Shape {
 template <typename T>
 FASTPROB_INLINE Shape<T> shape_of(T inv_alpha, T beta, T eps) {
   const T sum_a = inv_alpha + eps, sum_b = beta + eps;
-  const T a = select(sum_a >= 0, sum_a, kNaN<T>), b = select(sum_b > 0, sum_b, kNaN<T>);
-  const T y = 1 / b;
+  const T a = select(sum_a >= 0, sum_a, T(kNaN<float>)), b = select(sum_b > 0, sum_b, T(kNaN<float>));
+  const T y = quotient(T(1), b);
   const Gamma<T> gamma = gamma1p(y);
-  return {a, b, 1 / a, gamma.stirling, gamma.p, -gamma.digamma * y * y};
+  return {a, b, quotient(T(1), a), gamma.stirling, gamma.p, -gamma.digamma * y * y};
 }
 
 template <typename T>
@@ -238,12 +294,13 @@ struct Residual {
 
 template <bool paper, typename T>
 FASTPROB_INLINE Residual<T> residual(T d, T a, T b, T inv_a, Bounds<T> bounds) {
-  const T r = std::fabs(d), u = r * a, lo = bounds.lo, hi = bounds.hi;
+  using std::fabs;
+  const T r = fabs(d), u = flushed_product(r, a), lo = bounds.lo, hi = bounds.hi;
   if constexpr (paper) {
     const Power<T> power = clamped_power(u, b, lo, hi, bounds.log2_lo, bounds.log2_hi);
     const T slope = b * power.t;
     return {
-        power.t, select(power.moves != 0, slope / d, T(0)), select(power.moves != 0, slope * inv_a, T(0)),
+        power.t, select(power.moves != 0, quotient(slope, d), T(0)), select(power.moves != 0, slope * inv_a, T(0)),
         select(power.moves != 0, power.t * power.log, T(0))};
   } else {
     const T t = u * b;
@@ -262,12 +319,13 @@ struct Variance {
 
 template <typename T>
 FASTPROB_INLINE Variance<T> variance(T inv_alpha, T beta) {
-  const T a = select(inv_alpha >= 0, inv_alpha, kNaN<T>), y = 1 / select(beta > 0, beta, kNaN<T>);
+  const T a = select(inv_alpha >= 0, inv_alpha, T(kNaN<float>)),
+          y = quotient(T(1), select(beta > 0, beta, T(kNaN<float>)));
   const Gamma<T> g1 = gamma1p(y), g3 = gamma1p(3 * y);
   // lgamma(1 + 3y) - lgamma(1 + y) - log 3 - 2 log a, with one logarithm of p1 / (3 p3 a^2)
-  const T logs = log_positive(g1.p / (3 * g3.p)) - 2 * log_product(a, T(1));
+  const T logs = log_positive(quotient(g1.p, 3 * g3.p)) - 2 * log_product(a, T(1));
   const T value = exponential((g3.stirling - g1.stirling) + logs);
-  return {value, -2 * value / a, value * y * y * (g1.digamma - 3 * g3.digamma)};
+  return {value, -2 * quotient(value, a), value * y * y * (g1.digamma - 3 * g3.digamma)};
 }
 
 }  // namespace fastprob

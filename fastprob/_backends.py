@@ -133,7 +133,11 @@ def backend(name: str):
 def info() -> str:
     """Which backend serves which operator on which device, and why, as text."""
     lines = [f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}"]
-    lines += [f"C++ for the CPU: {_reasons['cpu']}", f"C++ for CUDA: {_reasons['cuda']}", f"Triton: {_reasons['triton']}"]
+    lines += [
+        f"C++ for the CPU: {_reasons['cpu']}",
+        f"C++ for CUDA: {_reasons['cuda']}",
+        f"Triton: {_reasons['triton']}",
+    ]
     if torch.cuda.is_available():
         lines.append(f"GPU: {torch.cuda.get_device_name()}")
     else:

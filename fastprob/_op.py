@@ -121,6 +121,20 @@ def _define(op: Op) -> None:
         _LIBRARY.define(name + schemas[name])
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastprob::{name}", reference, lib=_LIBRARY)
+        torch.library.register_vmap(f"fastprob::{name}", functools.partial(_batched, name), lib=_LIBRARY)
+
+
+def _batched(name: str, info, in_dims: tuple, *tensors: Tensor, **options):
+    """A torch operator under vmap: call by call, as torch's own fallback does with a warning."""
+    calls = [
+        getattr(torch.ops.fastprob, name)(
+            *(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims)), **options
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(outputs) for outputs in zip(*calls)), (0,) * len(calls[0])
 
 
 def one_of(op: str, name: str, value: object, choices: tuple) -> None:
@@ -209,19 +223,23 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
         def backward(ctx, grad, *_):
             if grad is None:
                 return (None,) * (1 + count + len(names))
-            tensors, grads = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+            saved = ctx.saved_tensors
+            tensors, grads = saved[:count], saved[count:]
             needs = sum(n << i for i, n in enumerate(ctx.needs_input_grad[1 : 1 + count]))
-            if not grads or ctx.scaled or torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():  # there are no second derivatives to come
+                if grads:
+                    grads = [g * grad for g in grads]  # Inductor fuses the product into what reads it
+                else:
+                    grads = backward_(grad, *tensors, **dict(zip(names, ctx.option_values)), needs=needs)
+            elif not grads or ctx.scaled or torch.is_grad_enabled():
                 grads = Gradient.apply(needs, grad, *tensors, *ctx.option_values)
-            elif torch.compiler.is_compiling():
-                grads = [g * grad for g in grads]  # Inductor fuses the product into what reads it
             else:
                 ctx.scaled = True  # in place: a second backward pass recomputes them
                 torch.ops.fastprob._scale_.default(list(grads), grad)
             wanted = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
             return None, *wanted, *[None] * len(names)
 
-    def setup_context(ctx, inputs, keyword_only_inputs, output):
+    def setup_context(ctx, inputs, output, keyword_only_inputs=None):
         ctx.option_values = tuple(keyword_only_inputs[k] for k in names)
         ctx.save_for_backward(*inputs)
 

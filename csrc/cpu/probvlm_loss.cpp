@@ -55,12 +55,12 @@ template <Gradients gradients, typename T>
 double distances(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, T scale) {
   const auto [mu_i, ia_i, b_i, mu_t, ia_t, b_t, z_i, z_t] = in;
   const T own = scale * w.own_l1, cross = scale * w.cross_l1;
-  T owns = 0, crosses = 0;
+  double owns = 0, crosses = 0;
 #pragma omp simd reduction(+ : owns, crosses)
   for (int64_t k = 0; k < n; ++k) {
     const T ii = mu_i[k] - z_i[k], it = mu_i[k] - z_t[k], tt = mu_t[k] - z_t[k], ti = mu_t[k] - z_i[k];
-    owns += std::fabs(ii) + std::fabs(tt);
-    crosses += std::fabs(it) + std::fabs(ti);
+    owns += double(std::fabs(ii)) + double(std::fabs(tt));
+    crosses += double(std::fabs(it)) + double(std::fabs(ti));
     if constexpr (gradients != Gradients::none) {
       out[0][k] += own * sign(ii) + cross * sign(it);
       out[3][k] += own * sign(tt) + cross * sign(ti);
@@ -70,7 +70,7 @@ double distances(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, T 
       out[7][k] -= own * sign(tt) + cross * sign(it);
     }
   }
-  return w.own_l1 * double(owns) + w.cross_l1 * double(crosses);
+  return w.own_l1 * owns + w.cross_l1 * crosses;
 }
 
 template <bool paper, Gradients gradients, typename T>

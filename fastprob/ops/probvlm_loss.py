@@ -40,7 +40,7 @@ def _gradient(
         for target, weight in ((own, 1.0), (1 - own, cross_weight)):
             d = mu - (image, text)[target]
             nll_d, nll_a, nll_b = _ggd.residual_gradient(d, a, b, form, clamp_min, clamp_max)
-            grad_d = weight * (nll_weight * nll_d + l1_weight * d.sign())
+            grad_d = weight * (nll_weight * nll_d + (l1_weight * d.sign() if l1_weight else 0))
             grad_mu = grad_mu + grad_d
             grad_a = grad_a + weight * nll_weight * nll_a
             grad_b = grad_b + weight * nll_weight * nll_b
@@ -104,5 +104,6 @@ def probvlm_loss(
         norm = _ggd.log_normaliser(a, b)
         for target, weight in ((own, 1.0), (other, cross_weight)):
             t = _ggd.residual(mu - target, a, b, form).clamp(clamp_min, clamp_max)
-            loss = loss + weight * (nll_weight * (t + norm).mean() + l1_weight * (mu - target).abs().mean())
+            l1 = l1_weight * (mu - target).abs().mean() if l1_weight else 0
+            loss = loss + weight * (nll_weight * (t + norm).mean() + l1)
     return loss.to(dtype)

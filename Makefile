@@ -1,0 +1,56 @@
+# make demo | test | lint | fmt | bench | gpu | asan | wheel. Everything runs in .venv, which the first target makes.
+SHELL := /bin/bash -o pipefail
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint fmt bench gpu asan wheel clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/fastprob demo --out demo-out
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(PYTHON) -m mypy fastprob
+	$(VENV)/bin/torch-abi-audit fastprob --check both
+
+fmt: $(INSTALLED)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+bench: $(INSTALLED)
+	$(PYTHON) -m pytest bench --benchmark-json=bench/results/latest.json
+
+# On a machine with a GPU and, perhaps, no network: the torch of GPU_PYTHON is used as it is.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m gpu tests
+	$(GPU_PYTHON) -m pytest bench --benchmark-json=bench/results/gpu.json
+
+# The C++ CPU kernels under the address and undefined-behaviour sanitizers.
+asan: $(INSTALLED)
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" LDFLAGS="-fsanitize=address,undefined" \
+		CUDA_HOME=/nonexistent $(PYTHON) setup.py -q build --build-base build/asan
+	cd tests && PYTHONPATH=$$(echo $(CURDIR)/build/asan/lib*) ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		../$(PYTHON) -m pytest -q -p no:cacheprovider test_ops.py -k "budget or extreme or nan_inf or layout or bits"
+
+wheel: $(INSTALLED)
+	$(PYTHON) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastprob/*.so
+
+$(INSTALLED): constraints.txt pyproject.toml setup.py $(SOURCES)
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt torch torchvision "setuptools>=77" wheel ninja
+	$(PYTHON) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@

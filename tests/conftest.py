@@ -1,0 +1,50 @@
+"""Shared by the tests: the error budget that every kernel is held to, and tensors drawn for an operator's samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+# What a result may differ by from float64 truth, beyond twice the reference's own error, relative to max(1, |truth|).
+EPSILON = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def maker(dtype=torch.float64, device="cpu"):
+    """`make(*shape, low, high)` for an operator's samples: uniform, exactly representable in float16 and up."""
+
+    def make(*shape, low=-2.0, high=2.0):
+        values = torch.empty(shape, dtype=torch.float64).uniform_(low, high)
+        return values.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).to(dtype).to(device)
+
+    return make
+
+
+def overflows(truth, dtype):
+    """Where float64 truth is finite, but not (or hardly) in this dtype."""
+    return truth.isfinite() & (truth.abs() > torch.finfo(dtype).max / 4)
+
+
+def assert_within_budget(actual, reference, truth, what="", exempt=False):
+    """|actual - truth| <= 2 max|reference - truth| + epsilon, both relative to max(1, |truth|); NaN and inf alike."""
+    assert actual.dtype == reference.dtype and actual.shape == truth.shape, what
+    if not truth.numel():
+        return
+    truth, scale = truth.double(), truth.double().abs().clamp_min(1)
+    exempt = overflows(truth, actual.dtype) | exempt
+
+    def error(value):
+        value = value.double()
+        same = (value == truth) | (value.isnan() & truth.isnan()) | exempt
+        return torch.where(same, 0.0, (value - truth).abs() / scale)
+
+    bound = 2 * error(reference).nan_to_num(0, 0).max() + EPSILON[actual.dtype]
+    worst = error(actual)
+    assert not worst.isnan().any(), f"{what}: NaN where the truth is {truth[worst.isnan()][:3]}, or not where it is NaN"
+    assert worst.max() <= bound, (
+        f"{what}: error {worst.max():.3g} at {truth.flatten()[worst.argmax()]:.6g}, bound {bound:.3g}"
+    )
