@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
-	$(PYTHON) -m mypy fastprob
+	$(PYTHON) -m mypy
 	$(VENV)/bin/torch-abi-audit fastprob --check both
 
 fmt: $(INSTALLED)

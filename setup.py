@@ -1,4 +1,4 @@
-"""Builds the C++ kernels: three CPU libraries (portable, AVX2, AVX-512) and, where nvcc and a CUDA torch are, one for CUDA.
+"""Builds the C++ kernels: CPU libraries (portable, AVX2, AVX-512) and, where nvcc and a CUDA torch are, one for CUDA.
 
 They use torch's stable ABI and no Python symbol, so one abi3 wheel serves every Python and later torch. fastprob picks
 the CPU library when it is imported. Without a C++ compiler the package installs all the same and runs on its reference.

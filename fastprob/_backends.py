@@ -80,7 +80,7 @@ def _interpreting() -> bool:
 def _chosen(name: str, key: str, choice: str | None) -> str:
     """The backend that serves a torch operator on a device under a choice (None: the default)."""
     native = DEVICES[key] if (name, key) in _native else None
-    triton = "triton" if _triton_kernel(name) and (key == "CUDA" or choice == "triton" and _interpreting()) else None
+    triton = "triton" if _triton_kernel(name) and (key == "CUDA" or (choice == "triton" and _interpreting())) else None
     if choice == "reference":
         return "reference"
     if choice == "triton":
@@ -133,11 +133,7 @@ def backend(name: str):
 def info() -> str:
     """Which backend serves which operator on which device, and why, as text."""
     lines = [f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}"]
-    lines += [
-        f"C++ for the CPU: {_reasons['cpu']}",
-        f"C++ for CUDA: {_reasons['cuda']}",
-        f"Triton: {_reasons['triton']}",
-    ]
+    lines += [f"{what}: {_reasons[k]}" for k, what in zip(BACKENDS[1:], ("C++ for the CPU", "Triton", "C++ for CUDA"))]
     if torch.cuda.is_available():
         lines.append(f"GPU: {torch.cuda.get_device_name()}")
     else:

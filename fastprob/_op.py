@@ -8,8 +8,8 @@
                                   (only where the result is a scalar)
 
 The function's body is their kernel on every device (CompositeExplicitAutograd) and, run on fake tensors, their
-shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says that tensor input i wants its gradient; one that is
-not wanted comes back as an empty tensor of shape (0,).
+shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says
+that tensor input i wants its gradient; one that is not wanted comes back as an empty tensor of shape (0,).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Op:
     @functools.cached_property
     def raw(self) -> dict[str, Callable]:
         """Torch operator name -> its reference."""
-        raw = {self.name: self._value, f"_{self.name}_backward": self._backward}
+        raw: dict[str, Callable] = {self.name: self._value, f"_{self.name}_backward": self._backward}
         if self.is_scalar:
             raw[f"_{self.name}_value_and_grad"] = self._value_and_grad
         return raw
@@ -97,10 +97,11 @@ def operator(*, gradient, check, samples, is_scalar=None):
             tensors = _check_tensors(op, [values[k] for k in names[:count]])
             op.check(**values)
             needs = 0
-            if op.is_scalar and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-                if op.is_scalar(**{k: values[k] for k in names[count:]}):
-                    needs = sum(t.requires_grad << i for i, t in enumerate(tensors))
-            return apply(needs, *tensors, *[values[k] for k in names[count:]])[0]
+            options = {k: values[k] for k in names[count:]}
+            is_plain = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+            if is_plain and op.is_scalar and op.is_scalar(**options):
+                needs = sum(t.requires_grad << i for i, t in enumerate(tensors))
+            return apply(needs, *tensors, *options.values())[0]
 
         return function
 

@@ -1,4 +1,4 @@
-"""Every operator through the same checks, from its own samples: values, gradients, and all that torch may do with it."""
+"""Every operator through the same checks, from its own samples: values, gradients, all that torch may do with it."""
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ def test_func_grad_and_vmap(op):
     everything = tuple(range(len(op.tensors)))
     for tensors, options in small_samples(op):
         expected = value_and_grads(op, tensors, options)
-        grads = torch.func.grad(lambda *t: call(op, t, options).sum(), argnums=everything)  # noqa: B023
+        grads = torch.func.grad(lambda *t: call(op, t, options).sum(), argnums=everything)
         torch.testing.assert_close(list(grads(*tensors)), expected[1:])
         for row, *by_row in zip(range(3), *torch.func.vmap(grads)(*tensors)):
             torch.testing.assert_close(by_row, value_and_grads(op, [t[row] for t in tensors], options)[1:])
-        values = torch.func.vmap(lambda *t: call(op, t, options), in_dims=(None, *[0] * (len(tensors) - 1)))  # noqa: B023
+        values = torch.func.vmap(lambda *t: call(op, t, options), in_dims=(None, *[0] * (len(tensors) - 1)))
         one_row = [tensors[0][0], *tensors[1:]]
         expected = [call(op, [one_row[0], *[t[row] for t in tensors[1:]]], options) for row in range(3)]
         torch.testing.assert_close(values(*one_row), torch.stack(expected))
@@ -218,7 +218,7 @@ def test_backward_again_and_accumulated(op):
         for times in (1, 2, 3):
             loss.backward(retain_graph=True)
             torch.testing.assert_close([leaf.grad for leaf in leaves], [3 * times * g for g in expected])
-        again = torch.utils.checkpoint.checkpoint(lambda *t: call(op, t, options).sum(), *leaves, use_reentrant=False)  # noqa: B023
+        again = torch.utils.checkpoint.checkpoint(lambda *t: call(op, t, options).sum(), *leaves, use_reentrant=False)
         torch.testing.assert_close(list(torch.autograd.grad(again, leaves)), expected)
 
 
@@ -283,7 +283,7 @@ def test_wrong_calls_raise_type_errors():
 
 
 def test_backend_chooses_and_restores():
-    with pytest.raises(ValueError, match="name must be one of .* got 'gpu'"), fastprob.backend("gpu"):
+    with pytest.raises(ValueError, match=r"name must be one of .* got 'gpu'"), fastprob.backend("gpu"):
         pass
     before = fastprob.info()
     with fastprob.backend("reference"):

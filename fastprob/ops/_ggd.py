@@ -55,7 +55,7 @@ def log_normaliser_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def residual_gradient(
     d: Tensor, a: Tensor, b: Tensor, form: str, clamp_min: float, clamp_max: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Derivatives of the clamped residual for d, a and b."""
     t, r = residual(d, a, b, form), d.abs()
     clamped = (t < clamp_min) | (t > clamp_max)

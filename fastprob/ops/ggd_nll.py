@@ -73,4 +73,6 @@ def ggd_nll(
     mu, inv_alpha, beta, target = _ggd.wide(mu, inv_alpha, beta, target)
     a, b = _ggd.shifted(inv_alpha, beta, eps)
     nll = _ggd.residual(mu - target, a, b, form).clamp(clamp_min, clamp_max) + _ggd.log_normaliser(a, b)
-    return {"mean": nll.mean, "sum": nll.sum, "none": nll.clone}[reduction]().to(dtype)
+    if reduction != "none":
+        nll = nll.mean() if reduction == "mean" else nll.sum()
+    return nll.to(dtype)

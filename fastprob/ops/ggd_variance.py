@@ -24,12 +24,12 @@ def _samples(make):
 def _gradient(grad, inv_alpha, beta):
     grad, inv_alpha, beta = _ggd.wide(grad, inv_alpha, beta)
     a, b = _ggd.shifted(inv_alpha, beta, 0.0)
-    variance = ggd_variance_of(a, b)
+    variance = _variance(a, b)
     slope = (torch.digamma(1 + 1 / b) - 3 * torch.digamma(1 + 3 / b)) / b.square()
     return -2 * grad * variance / a, grad * variance * slope
 
 
-def ggd_variance_of(a: Tensor, b: Tensor) -> Tensor:
+def _variance(a: Tensor, b: Tensor) -> Tensor:
     return (torch.lgamma(1 + 3 / b) - torch.lgamma(1 + 1 / b) - math.log(3) - 2 * a.log()).exp()
 
 
@@ -53,5 +53,5 @@ def ggd_variance(inv_alpha: Tensor, beta: Tensor) -> Tensor:
         Nadarajah, A generalized normal distribution, J. Appl. Stat. 32 (2005), eq. 11; ProbVLM (ICCV 2023), eq. 7.
     """
     dtype = inv_alpha.dtype
-    a, b = _ggd.shifted(*_ggd.wide(inv_alpha, beta), 0.0)
-    return ggd_variance_of(a, b).to(dtype)
+    inv_alpha, beta = _ggd.wide(inv_alpha, beta)
+    return _variance(*_ggd.shifted(inv_alpha, beta, 0.0)).to(dtype)

@@ -98,7 +98,7 @@ def probvlm_loss(
     *adapters, image, text = _ggd.wide(
         image_mu, image_inv_alpha, image_beta, text_mu, text_inv_alpha, text_beta, image, text
     )
-    loss = 0
+    loss = image.new_zeros(())
     for (mu, inv_alpha, beta), own, other in ((adapters[:3], image, text), (adapters[3:], text, image)):
         a, b = _ggd.shifted(inv_alpha, beta, eps)
         norm = _ggd.log_normaliser(a, b)

@@ -1,0 +1,38 @@
+"""What fastprob is measured against: the released code's arithmetic as it stands, and eager code at its best."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def released_term(mu: Tensor, inv_alpha: Tensor, beta: Tensor, target: Tensor, power: bool) -> Tensor:
+    """The released GenGaussLoss with its four NaN checks; `power` puts the paper's power in the product's place."""
+    a, b = inv_alpha + 1e-4, beta + 1e-4
+    t = torch.abs(mu - target)
+    t = (torch.pow(t * a, b) if power else t * a * b).clamp(min=1e-4, max=1e3)
+    if torch.sum(t != t) > 0:
+        raise FloatingPointError("resi has nans")
+    log_a, log_b, lgamma = torch.log(a), torch.log(b), torch.lgamma(torch.pow(b, -1))
+    for value in (log_a, lgamma, log_b):
+        if torch.sum(value != value) > 0:
+            raise FloatingPointError("nan")
+    return (t - log_a + lgamma - log_b).mean()
+
+
+def released_loss(image, text, image_target, text_target, power=False, cross_weight=1.0) -> Tensor:
+    """The released training step's loss, T1 = 0 and T2 = 1: four separate terms."""
+    own = released_term(*image, image_target, power) + released_term(*text, text_target, power)
+    cross = released_term(*image, text_target, power) + released_term(*text, image_target, power)
+    return own + cross_weight * cross
+
+
+def best_eager_loss(image, text, image_target, text_target, cross_weight=1.0) -> Tensor:
+    """The paper's form without host syncs, with lgamma and the logarithm once per distribution and lgamma(1 + 1/b)."""
+    loss = 0.0
+    for (mu, inv_alpha, beta), own, other in ((image, image_target, text_target), (text, text_target, image_target)):
+        a, b = inv_alpha + 1e-4, beta + 1e-4
+        t_own = ((mu - own).abs() * a).pow(b).clamp(1e-4, 1e3)
+        t_cross = ((mu - other).abs() * a).pow(b).clamp(1e-4, 1e3)
+        loss = loss + (t_own + cross_weight * t_cross + (1 + cross_weight) * (torch.lgamma(1 + 1 / b) - a.log())).mean()
+    return loss
