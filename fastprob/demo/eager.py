@@ -27,7 +27,7 @@ def released_loss(image, text, image_target, text_target, power=False, cross_wei
     return own + cross_weight * cross
 
 
-def best_eager_loss(image, text, image_target, text_target, cross_weight=1.0) -> Tensor:
+def best_loss(image, text, image_target, text_target, cross_weight=1.0) -> Tensor:
     """The paper's form without host syncs, with lgamma and the logarithm once per distribution and lgamma(1 + 1/b)."""
     loss = 0.0
     for (mu, inv_alpha, beta), own, other in ((image, image_target, text_target), (text, text_target, image_target)):

@@ -1,0 +1,5 @@
+"""`python -m fastprob`, the same as the `fastprob` command."""
+
+from fastprob.cli import main
+
+raise SystemExit(main())

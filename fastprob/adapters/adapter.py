@@ -1,0 +1,191 @@
+"""The ProbVLM adapter: a frozen embedding in, a generalised Gaussian per dimension out.
+
+For an embedding x in R^D (one adapter per modality):
+
+    h = relu(W2 relu(W1 x + b1) + b2)                     [B, H]
+    f = x + W3 dropout(h) + b3                            [B, D]
+    mu = head_mu(f),  1/alpha = positive(head_alpha(f)),  beta = positive(head_beta(f))
+
+with head = Linear(D, H), ReLU, Linear(H, D). Submodules carry the released names, so released
+checkpoints load. Source: Upadhyay et al., "ProbVLM: Probabilistic Adapter for Frozen Vision-Language
+Models", ICCV 2023, section 3.2 and its released code.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+EPS = 1e-4
+"""Added to 1/alpha and to beta before either is used, in the losses and in the uncertainty alike."""
+
+POSITIVE = {"relu": nn.ReLU, "softplus": nn.Softplus}
+"""What keeps the 1/alpha and beta heads non-negative; "relu" is the released one."""
+
+_START_AT_ONE = {"relu": 1.0, "softplus": math.log(math.expm1(1))}
+"""Last bias of those heads, so that an untrained adapter predicts a unit Laplace. From PyTorch's biases near 0
+half of the ReLUs start dead: the first NLL was 1.6e5 a dimension and every trained sample had infinite variances."""
+
+_FORMAT = "fastprob.ProbVLM/1"
+_RELEASED = {"img_BayesCap.": "image.", "txt_BayesCap.": "text."}
+
+Parameters = tuple[Tensor, Tensor, Tensor]
+
+
+class GGDAdapter(nn.Module):
+    """Predicts (mu, 1/alpha, beta) of a generalised Gaussian around an embedding.
+
+    Args:
+        dim: width D of the embedding.
+        hidden: width H of every hidden layer.
+        dropout: probability of the one dropout, in [0, 1).
+        positive: last activation of the 1/alpha and beta heads, "relu" (released) or "softplus". A ReLU
+            can end at exactly 0, where only `EPS` is left: such a dimension has a practically infinite
+            variance. The released weights need "relu".
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = "relu"):
+        super().__init__()
+        check_adapter("GGDAdapter", dim, hidden, dropout, positive)
+        self.dim, self.hidden, self.dropout, self.positive = dim, hidden, dropout, positive
+        self.mod = nn.Sequential(
+            nn.Linear(dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, dim),
+        )
+        self.block_mu = _head(dim, hidden)
+        self.block_alpha = _positive_head(dim, hidden, positive)
+        self.block_beta = _positive_head(dim, hidden, positive)
+
+    def forward(self, x: Tensor) -> Parameters:
+        """[..., D] -> (mu, 1/alpha, beta), each [..., D]."""
+        if x.shape[-1:] != (self.dim,):
+            raise ValueError(f"GGDAdapter: x must be [..., {self.dim}], got {tuple(x.shape)}")
+        return self.heads(self.mod(x) + x)
+
+    def heads(self, features: Tensor) -> Parameters:
+        """The three heads on the residual sum f, [..., D] -> three of [..., D]."""
+        return self.block_mu(features), self.block_alpha(features), self.block_beta(features)
+
+
+class ProbVLM(nn.Module):
+    """An adapter for image embeddings and one for text embeddings. Arguments as for `GGDAdapter`."""
+
+    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = "relu"):
+        super().__init__()
+        check_adapter("ProbVLM", dim, hidden, dropout, positive)
+        self.config = {"dim": dim, "hidden": hidden, "dropout": dropout, "positive": positive}
+        self.image = GGDAdapter(**self.config)
+        self.text = GGDAdapter(**self.config)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Parameters, Parameters]:
+        """Image [..., D] and text [..., D] embeddings -> their (mu, 1/alpha, beta)."""
+        return self.image(image), self.text(text)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write weights and config to one safetensors file; readers see the old file or the new one."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        data = to_safetensors(tensors, {"format": _FORMAT, "config": json.dumps(self.config)})
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ProbVLM":
+        """Read what `save` wrote, in evaluation mode on the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a file written by `save`.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"ProbVLM.load: {path} must be a safetensors file: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"ProbVLM.load: {path} must have format {_FORMAT!r}, got {metadata.get('format')!r}")
+        return cls._from_state(json.loads(metadata["config"]), tensors, f"ProbVLM.load: {path}")
+
+    @classmethod
+    def from_released(cls, path: str | os.PathLike, *, dropout: float = 0.1) -> "ProbVLM":
+        """Read a checkpoint of the released code (.pth, keys img_BayesCap.* and txt_BayesCap.*).
+
+        Widths come from the weights; the dropout probability is not stored there and is given.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: keys or shapes of another model.
+        """
+        released = torch.load(path, map_location="cpu", weights_only=True)
+        where = f"ProbVLM.from_released: {path}"
+        first = released.get("img_BayesCap.mod.0.weight") if isinstance(released, Mapping) else None
+        if first is None or first.dim() != 2:
+            raise ValueError(f"{where} must hold img_BayesCap.* and txt_BayesCap.* weights")
+        hidden, dim = first.shape
+        state = {_our_name(name): tensor for name, tensor in released.items()}
+        config = {"dim": dim, "hidden": hidden, "dropout": dropout, "positive": "relu"}
+        return cls._from_state(config, state, where)
+
+    @classmethod
+    def _from_state(cls, config: dict, state: dict[str, Tensor], where: str) -> "ProbVLM":
+        model = cls(**config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{where} does not fit a ProbVLM of {config}: {error}") from error
+        return model.eval()
+
+
+def check_adapter(name: str, dim: int, hidden: int, dropout: float, positive: str) -> None:
+    """Raise ValueError, as `name`, unless the arguments describe an adapter."""
+    for argument, value in (("dim", dim), ("hidden", hidden)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout!r}")
+    if positive not in POSITIVE:
+        raise ValueError(f"{name}: positive must be one of {sorted(POSITIVE)}, got {positive!r}")
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Whoever reads `path` sees the old content or the new, never a part, also if the process dies.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _head(dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+
+def _positive_head(dim: int, hidden: int, positive: str) -> nn.Sequential:
+    head = _head(dim, hidden)
+    nn.init.constant_(head[2].bias, _START_AT_ONE[positive])
+    return head.append(POSITIVE[positive]())
+
+
+def _our_name(released: str) -> str:
+    for theirs, ours in _RELEASED.items():
+        if released.startswith(theirs):
+            return ours + released[len(theirs) :]
+    return released

@@ -1,0 +1,126 @@
+"""Paired embeddings in memory or on disk: what training reads, how captions are drawn, what is refused."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CHECK_ROWS = 65536
+"""Rows read at a time by the check for NaN, so that a memory-mapped store is never copied whole."""
+
+
+class Paired(Protocol):
+    """Anything with these three tensors: `PairedEmbeddings`, or an embedding store on disk."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [M, D]
+    caption_image: Tensor  # [M], int64: the image that each caption describes
+
+
+@dataclass(frozen=True)
+class PairedEmbeddings:
+    """Frozen embeddings of N images and of their M captions.
+
+    Args:
+        image: [N, D], floating point.
+        text: [M, D], floating point.
+        caption_image: [M], int64, index in 0..N-1 of the image of each caption. Every image has one or more.
+
+    Raises:
+        ValueError: shapes, dtypes or indices that don't fit together, or a value that is not finite.
+    """
+
+    image: Tensor
+    text: Tensor
+    caption_image: Tensor
+
+    def __post_init__(self):
+        check_paired("PairedEmbeddings", self)
+
+
+def check_paired(name: str, data: Paired) -> None:
+    """Raise ValueError, as `name`, unless `data` is a usable set of pairs."""
+    image, text, owner = data.image, data.text, data.caption_image
+    for label, rows in (("image", image), ("text", text)):
+        if rows.dim() != 2 or 0 in rows.shape or not rows.is_floating_point():
+            raise ValueError(
+                f"{name}: {label} must be a floating-point [rows, D] tensor with at least one row, "
+                f"got {tuple(rows.shape)} {rows.dtype}"
+            )
+    if image.shape[1] != text.shape[1]:
+        widths = f"{image.shape[1]} and {text.shape[1]}"
+        raise ValueError(f"{name}: image and text must have one width, got {widths}")
+    if owner.shape != (len(text),) or owner.dtype != torch.int64:
+        raise ValueError(f"{name}: caption_image must be int64 [{len(text)}], got {tuple(owner.shape)} {owner.dtype}")
+    if owner.min() < 0 or owner.max() >= len(image):
+        span = f"{int(owner.min())}..{int(owner.max())}"
+        raise ValueError(f"{name}: caption_image must be in 0..{len(image) - 1}, got {span}")
+    bare = torch.bincount(owner, minlength=len(image)) == 0
+    if bare.any():
+        raise ValueError(f"{name}: every image needs a caption, image {int(bare.nonzero()[0])} has none")
+    for label, rows in (("image", image), ("text", text)):
+        for start in range(0, len(rows), _CHECK_ROWS):
+            bad = ~rows[start : start + _CHECK_ROWS].isfinite().all(1)
+            if bad.any():
+                row = start + int(bad.nonzero()[0])
+                raise ValueError(f"{name}: {label} row {row} has a NaN or infinite value")
+
+
+class Pairs:
+    """The rows of paired embeddings, on a device, by batch.
+
+    The embeddings move to an accelerator once if they take less than a quarter of its free memory;
+    otherwise each batch moves on its own.
+    """
+
+    def __init__(self, data: Paired, device: torch.device):
+        self.device = device
+        self.images, self.captions, self.dim = len(data.image), len(data.text), data.image.shape[1]
+        owner = data.caption_image.cpu()
+        self._by_image = owner.argsort(stable=True)  # [M], the captions of image 0, then of image 1, ...
+        self._count = torch.bincount(owner, minlength=self.images)  # [N]
+        self._start = self._count.cumsum(0) - self._count  # [N], where those of image n begin
+        resident = _fits(device, data.image, data.text)
+        self._image = data.image.to(device) if resident else data.image
+        self._text = data.text.to(device) if resident else data.text
+
+    def epoch(self, seed: int, epoch: int, batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in random order, each with one random caption of its own.
+
+        The order depends on (seed, epoch) alone; batches before `first` are left out. Yields
+        (image [B, D], text [B, D]) in float32.
+        """
+        word = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(word) >> 1)
+        image = torch.randperm(self.images, generator=generator)  # [N]
+        draw = torch.randint(2**62, (self.images,), generator=generator) % self._count  # [N]
+        caption = self._by_image[self._start + draw][image]  # [N]
+        image, caption = image.to(self._image.device), caption.to(self._text.device)
+        for start in range(first * batch_size, self.images, batch_size):
+            rows = slice(start, start + batch_size)
+            yield self._float32(self._image[image[rows]]), self._float32(self._text[caption[rows]])
+
+    def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every image once and every caption once: (image [B, D], text [C, D], owner [C]).
+
+        `owner` says which of the B images each caption describes.
+        """
+        for start in range(0, self.images, rows):
+            stop = min(start + rows, self.images)
+            last = int(self._start[stop]) if stop < self.images else self.captions
+            caption = self._by_image[int(self._start[start]) : last].to(self._text.device)  # [C]
+            owner = torch.repeat_interleave(self._count[start:stop]).to(self.device)  # [C]
+            yield self._float32(self._image[start:stop]), self._float32(self._text[caption]), owner
+
+    def _float32(self, rows: Tensor) -> Tensor:
+        return rows.to(self.device, torch.float32, non_blocking=True)
+
+
+def _fits(device: torch.device, *tensors: Tensor) -> bool:
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) < free / 4

@@ -1,0 +1,107 @@
+"""Aleatoric, epistemic and total uncertainty of an adapter's predictions.
+
+    aleatoric = alpha^2 Gamma(3/beta) / Gamma(1/beta)     the variance of the predicted distribution, no dropout
+    epistemic = population variance of mu over M passes with dropout
+    total     = aleatoric + epistemic                      all in squared units of the embedding
+
+A pass is one thinned network, applied to every row (Gal & Ghahramani, "Dropout as a Bayesian
+approximation", ICML 2016): its mask over the H hidden units comes from the seed alone. So a row's result
+does not depend on the other rows, their order or the batch size, and rows are compared under the same
+networks, which takes the noise of the draw out of their ranking.
+
+What a pass does not change is computed once. With h the hidden layer before the only dropout and d(h) its
+dropped copy, the linear layer after it and the first one of the mu head have no nonlinearity in between:
+
+    W_1 (W_3 d(h) + b_3 + x) + b_1 = F d(h) + c,    F = W_1 W_3  [H, H],    c = W_1 (b_3 + x) + b_1  [B, H]
+
+and F is computed once, c once a row. A pass is then two products, H x H and H x D, instead of six. The
+variance is accumulated around the no-dropout mu, so one sweep over the passes is stable. Source: Upadhyay
+et al., ProbVLM, ICCV 2023, section 3.3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastprob
+from fastprob.adapters.adapter import EPS, GGDAdapter
+
+_PASS_ROWS = 2048
+"""Rows (passes x samples) of one matrix product. Of 512 to 16384 the fastest on an AVX-512 core at D = 512, by 10 %."""
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Predicted mean and variances, each [N, D] on the device of the input; `total` = aleatoric + epistemic."""
+
+    mu: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+    total: Tensor
+
+
+@torch.no_grad()
+def predict(adapter: GGDAdapter, x: Tensor, *, passes: int = 0, seed: int = 0, batch_size: int = 1024) -> Uncertainty:
+    """Predict embeddings and their uncertainty.
+
+    Args:
+        adapter: `ProbVLM().image` or `.text`. Neither it nor its training mode changes.
+        x: embeddings [N, D], N may be 0, on any device; batches move to the adapter's.
+        passes: M, the number of dropout passes, 0 (no epistemic part) or at least 2.
+        seed: determines the masks, with the adapter's device.
+        batch_size: rows at a time; memory grows with it and not with `passes`.
+
+    Returns:
+        An `Uncertainty`. Where 1/alpha or beta is nearly 0 the aleatoric part can be infinite.
+
+    Raises:
+        ValueError: an argument out of its range or of the wrong shape.
+    """
+    if x.dim() != 2 or x.shape[1] != adapter.dim or not x.is_floating_point():
+        raise ValueError(f"predict: x must be floating-point [N, {adapter.dim}], got {tuple(x.shape)} {x.dtype}")
+    if passes != 0 and passes < 2:
+        raise ValueError(f"predict: passes must be 0 or >= 2, got {passes}")
+    if batch_size < 1:
+        raise ValueError(f"predict: batch_size must be >= 1, got {batch_size}")
+    weight = adapter.mod[0].weight
+    masks = _masks(adapter, passes, seed)
+    fold = adapter.block_mu[0].weight @ adapter.mod[5].weight  # [H, H]
+    mu, aleatoric, epistemic = (torch.zeros(x.shape, dtype=weight.dtype, device=x.device) for _ in range(3))
+    for start in range(0, len(x), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = x[rows].to(weight.device, weight.dtype)  # [B, D]
+        hidden = adapter.mod[:4](batch)  # [B, H], all before the dropout
+        mean, inv_alpha, beta = adapter.heads(adapter.mod[5](hidden) + batch)
+        mu[rows] = mean
+        aleatoric[rows] = fastprob.ggd_variance(inv_alpha + EPS, beta + EPS)
+        if passes:
+            epistemic[rows] = _epistemic(adapter, fold, batch, hidden, masks)
+    return Uncertainty(mu, aleatoric, epistemic, aleatoric + epistemic)
+
+
+def _masks(adapter: GGDAdapter, passes: int, seed: int) -> Tensor:
+    """[M, H]: 0 where a pass drops a hidden unit, 1 / (1 - p) where it keeps it."""
+    weight = adapter.mod[0].weight
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    draws = torch.rand(passes, adapter.hidden, generator=generator, device=weight.device)
+    return (draws >= adapter.dropout).to(weight.dtype) / (1 - adapter.dropout)
+
+
+def _epistemic(adapter: GGDAdapter, fold: Tensor, x: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
+    """Population variance of mu over the passes: fold [H, H], x [B, D], hidden [B, H], masks [M, H] -> [B, D]."""
+    first, last = adapter.block_mu[0], adapter.block_mu[2]
+    constant = F.linear(x + adapter.mod[5].bias, first.weight, first.bias)  # [B, H]
+    centre = torch.relu(F.linear(hidden, fold) + constant)  # [B, H], without dropout
+    shift = torch.zeros_like(hidden)  # [B, H], sum over the passes of what W_last maps to mu - its centre
+    square = torch.zeros_like(x)  # [B, D], sum of its squares
+    for some in masks.split(max(1, _PASS_ROWS // len(x))):  # [P, H]
+        dropped = (hidden * some[:, None]).flatten(0, 1)  # [P * B, H]
+        unit = F.linear(dropped, fold).unflatten(0, (len(some), len(x)))  # [P, B, H]
+        unit = unit.add_(constant).relu_().sub_(centre)
+        shift += unit.sum(0)
+        square += F.linear(unit, last.weight).square_().sum(0)
+    passes = len(masks)
+    mean = F.linear(shift / passes, last.weight)  # [B, D]
+    return (square / passes - mean.square()).clamp_min_(0)

@@ -1,0 +1,323 @@
+"""The embedding store: a data set encoded once by a frozen encoder, then memory-mapped by everything else.
+
+`embed` writes a store, `EmbeddingStore` opens one; `fastprob.data.store_format` describes the files. A
+shard of images is appended at a time and then recorded, and the next call cuts off what is not recorded,
+so an interrupted run (Ctrl-C, a kill, a full disk) costs at most one shard, and a resumed store is byte for
+byte an uninterrupted one. Rows are appended with write(), not through a writable memory map: on a full disk
+that would be a SIGBUS.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fastprob.data import store_format as on_disk
+from fastprob.data.store_format import CAPTIONS, DATA_FILES, IMAGE, TEXT
+
+
+class EmbeddingStore:
+    """A complete store, opened without reading it: rows come from the disk when they are used.
+
+    `image` [N, D] and `text` [M, D] are float32 tensors over a private memory map (writing to them does not
+    reach the files). Raises FileNotFoundError when there is no store at `path`, ValueError when it is
+    incomplete or a file is missing, truncated or of another shape, naming the file, what was expected and
+    what was got.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        metadata = on_disk.read_metadata(self.path)
+        if metadata is None:
+            raise FileNotFoundError(errno.ENOENT, "no embedding store here", str(self.path))
+        if not metadata["complete"]:
+            done = f"{metadata['images']} of {metadata['source']['images']} images"
+            raise ValueError(f"{self.path}: incomplete store ({done}); embed again to resume")
+        on_disk.check_sizes(self.path, metadata)
+        self.metadata = metadata
+        self.dim: int = metadata["source"]["dim"]
+        self.image = self._map(IMAGE, metadata["images"])  # [N, D]
+        self.text = self._map(TEXT, metadata["texts"])  # [M, D]
+
+    def __repr__(self) -> str:
+        source, counts = self.metadata["source"], f"{len(self.image)} images, {len(self.text)} captions"
+        described = f"{source['dataset']}, {source['model']}, {counts}, dim {self.dim}"
+        return f"EmbeddingStore({self.path}: {described})"
+
+    def _map(self, name: str, rows: int) -> Tensor:
+        file = self.path / name
+        try:
+            array = np.load(file, mmap_mode="c", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{file}: expected an .npy array, got: {error}") from error
+        if array.shape != (rows, self.dim) or array.dtype != np.float32:
+            got = f"{array.dtype} {array.shape}"
+            raise ValueError(f"{file}: expected float32 {(rows, self.dim)}, got {got}")
+        return torch.from_numpy(array)
+
+    @cached_property
+    def _samples(self) -> list[dict[str, Any]]:
+        with open(self.path / CAPTIONS, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """M captions, in the order of `text`."""
+        return [caption for sample in self._samples for caption in sample["captions"]]
+
+    @cached_property
+    def caption_image(self) -> Tensor:
+        """[M] int64: the row of `image` that each caption was written for."""
+        counts = torch.tensor([len(sample["captions"]) for sample in self._samples])
+        return torch.repeat_interleave(torch.arange(len(counts)), counts)
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """[N] int64 class labels, or None when the data set has none."""
+        labels = [sample["label"] for sample in self._samples]
+        return None if None in labels else torch.tensor(labels)
+
+    def verify(self) -> None:
+        """Read every byte; raises ValueError naming the first file and shard whose checksum differs."""
+        on_disk.verify(self.path, self.metadata)
+
+
+def embed(
+    dataset: Any,
+    encoder: Any,
+    path: str | Path,
+    *,
+    batch_size: int = 256,
+    shard_size: int = 4096,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> EmbeddingStore:
+    """Encode `dataset` with `encoder` into a store at `path`, once; return the opened store.
+
+    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N];
+    `encoder` is what `fastprob.encoders.load_encoder` returns. A complete store from the same source is
+    returned as it is, a partial one is checked and resumed, `overwrite` starts afresh. `shard_size` images
+    are secured at a time; with equal `batch_size`, `shard_size` and thread count, an interrupted run ends in
+    the same bytes as an uninterrupted one.
+
+    Raises ValueError when the store at `path` came from another data set or encoder (naming the difference),
+    when it is damaged, or when the encoder's output is malformed; OSError (ENOSPC) when the disk is full or
+    would become so, leaving a store that the same call resumes.
+    """
+    path = Path(path)
+    if batch_size < 1 or shard_size < 1:
+        raise ValueError(f"embed: batch_size and shard_size must be >= 1, got {batch_size} and {shard_size}")
+    if len(dataset) == 0:
+        raise ValueError(f"embed: data set {dataset.name!r} is empty")
+    source = _source(dataset, encoder)
+    metadata = None if overwrite else on_disk.read_metadata(path)
+    if metadata is None:
+        metadata = on_disk.new_metadata(source)
+    _check_source(path, metadata["source"], source)
+    if not metadata["complete"]:
+        with _explain_full_disk(path, metadata):
+            _prepare(path, metadata)
+            _check_space(path, metadata, dataset)
+            done, total = metadata["images"], len(dataset)
+            with tqdm(total=total, initial=done, unit="image", disable=not progress) as bar:
+                _append_shards(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, bar)
+            _finish(path, metadata)
+    return EmbeddingStore(path)
+
+
+# ---------------------------------------------------------------------------------------- encoding
+
+
+class _Samples(Dataset):
+    """(preprocessed image [C, H, W], captions, label) of a sample: the part that worker processes do."""
+
+    def __init__(self, dataset: Any, preprocess: Any):
+        self.dataset, self.preprocess = dataset, preprocess
+        self.labels = getattr(dataset, "labels", None)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str], int | None]:
+        image, captions = self.dataset[index]
+        label = None if self.labels is None else int(self.labels[index])
+        return self.preprocess(image), list(captions), label
+
+
+def _append_shards(
+    path: Path,
+    metadata: dict[str, Any],
+    dataset: Any,
+    encoder: Any,
+    batch_size: int,
+    shard_size: int,
+    num_workers: int,
+    bar: tqdm,
+) -> None:
+    """Encode, append and record the images that are not stored yet. No batch crosses a shard."""
+    done, total = metadata["images"], len(dataset)
+    shards = [range(start, min(start + shard_size, total)) for start in range(done, total, shard_size)]
+    batches = [[list(shard[i : i + batch_size]) for i in range(0, len(shard), batch_size)] for shard in shards]
+    indices = [batch for shard in batches for batch in shard]
+    samples = _Samples(dataset, encoder.preprocess)
+    loader = iter(DataLoader(samples, batch_sampler=indices, num_workers=num_workers, collate_fn=list))
+    for shard in batches:
+        record = _append_shard(path, encoder, loader, len(shard), batch_size, bar)
+        metadata["shards"].append(record)
+        metadata["images"] += record[IMAGE]["rows"]
+        metadata["texts"] += record[TEXT]["rows"]
+        on_disk.write_metadata(path, metadata)
+
+
+def _append_shard(
+    path: Path, encoder: Any, loader: Iterator[list[Any]], batches: int, batch_size: int, bar: tqdm
+) -> dict[str, dict[str, Any]]:
+    """Encode the next batches and append them to the data files; return rows, bytes and sha256 of each."""
+    record: dict[str, dict[str, Any]] = {
+        name: {"rows": 0, "bytes": 0, "sha256": hashlib.sha256()} for name in DATA_FILES
+    }
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(path / name, "ab")) for name in DATA_FILES}
+        for _ in range(batches):
+            samples = next(loader)
+            for name, (rows, data) in _encode(encoder, samples, batch_size).items():
+                files[name].write(data)
+                record[name]["rows"] += rows
+                record[name]["bytes"] += len(data)
+                record[name]["sha256"].update(data)
+            bar.update(len(samples))
+        for name, file in files.items():
+            on_disk.sync(file)
+            record[name]["sha256"] = record[name]["sha256"].hexdigest()
+    return record
+
+
+def _encode(encoder: Any, samples: list[Any], batch_size: int) -> dict[str, tuple[int, bytes]]:
+    """Rows and bytes that a batch adds to each data file."""
+    images = torch.stack([image for image, _, _ in samples])  # [B, C, H, W]
+    texts = [caption for _, captions, _ in samples for caption in captions]
+    lines = [_json_line({"captions": captions, "label": label}) for _, captions, label in samples]
+    return {
+        IMAGE: (len(samples), _encode_images(encoder, images).tobytes()),
+        TEXT: (len(texts), _encode_texts(encoder, texts, batch_size).tobytes()),
+        CAPTIONS: (len(lines), "".join(lines).encode()),
+    }
+
+
+@torch.inference_mode()
+def _encode_images(encoder: Any, images: Tensor) -> np.ndarray:
+    """[B, C, H, W] -> [B, D] float32."""
+    return _rows(encoder, encoder.encode_image(images), len(images))
+
+
+@torch.inference_mode()
+def _encode_texts(encoder: Any, texts: list[str], batch_size: int) -> np.ndarray:
+    """K captions -> [K, D] float32. A caption that occurs several times is encoded once."""
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    unique = list(row_of)
+    blocks = [np.empty((0, encoder.dim), np.float32)]
+    for start in range(0, len(unique), batch_size):
+        chunk = unique[start : start + batch_size]
+        blocks.append(_rows(encoder, encoder.encode_text(encoder.tokenizer(chunk)), len(chunk)))
+    return np.concatenate(blocks)[np.array([row_of[text] for text in texts], dtype=int)]
+
+
+def _rows(encoder: Any, embedding: Tensor, count: int) -> np.ndarray:
+    """[count, D] in any dtype, on any device -> float32. Raises ValueError for another shape, NaN or inf."""
+    if embedding.shape != (count, encoder.dim):
+        got = list(embedding.shape)
+        raise ValueError(f"embed: {encoder.name} must return [{count}, {encoder.dim}], got {got}")
+    rows = embedding.float().cpu().numpy()
+    bad = (~np.isfinite(rows)).any(axis=1).sum()
+    if bad:
+        raise ValueError(f"embed: {encoder.name} returned NaN or infinity in {bad} of {count} rows")
+    return rows
+
+
+def _json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+# ------------------------------------------------------------------------- before and after encoding
+
+
+def _source(dataset: Any, encoder: Any) -> dict[str, Any]:
+    """What the stored numbers depend on, and where the weights came from."""
+    transform = re.sub(r" at 0x[0-9a-f]+", "", repr(encoder.preprocess))  # functions print their address
+    return {
+        "dataset": dataset.name,
+        "images": len(dataset),
+        "model": encoder.name,
+        "pretrained": None if encoder.pretrained is None else str(encoder.pretrained),
+        "fingerprint": encoder.fingerprint(),
+        "transform": transform,
+        "dim": int(encoder.dim),
+    }
+
+
+def _check_source(path: Path, stored: dict[str, Any], source: dict[str, Any]) -> None:
+    """Raises ValueError unless both are the same; weights may have moved, their fingerprint says which they are."""
+    keys = [key for key in source if key != "pretrained" and stored.get(key) != source[key]]
+    if keys:
+        what = "; ".join(f"{key} is {stored.get(key)!r} there, {source[key]!r} here" for key in keys)
+        raise ValueError(f"{path}: this store has another source: {what}; overwrite it or take a new path")
+
+
+def _prepare(path: Path, metadata: dict[str, Any]) -> None:
+    """Check what is stored and cut off what a stopped run wrote after it; or begin a new store's files."""
+    resume = bool(metadata["shards"])
+    if resume:
+        on_disk.verify(path, metadata)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        on_disk.write_metadata(path, metadata)  # from here on, an old store here counts as overwritten
+    for name in DATA_FILES:
+        with open(path / name, "r+b" if resume else "wb") as file:
+            file.write(on_disk.header(metadata, name))
+            file.truncate(on_disk.size(metadata, name))
+
+
+def _finish(path: Path, metadata: dict[str, Any]) -> None:
+    """Put the final row counts into the headers, then declare the store complete."""
+    for name in (IMAGE, TEXT):
+        with open(path / name, "r+b") as file:
+            file.write(on_disk.header(metadata, name))
+            on_disk.sync(file)
+    metadata["captions_per_image"] = metadata["texts"] / metadata["images"]
+    metadata["complete"] = True
+    on_disk.write_metadata(path, metadata)
+
+
+def _check_space(path: Path, metadata: dict[str, Any], dataset: Any) -> None:
+    """Raises OSError (ENOSPC) when the rest will not fit, supposing captions as in the next sample."""
+    left = len(dataset) - metadata["images"]
+    if left == 0:
+        return
+    _, captions = dataset[metadata["images"]]
+    row = 4 * metadata["source"]["dim"]
+    needed = left * (row * (1 + len(captions)) + len(_json_line(captions).encode()))
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"about {needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
+
+
+@contextlib.contextmanager
+def _explain_full_disk(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        kept = f"{metadata['images']} of {metadata['source']['images']} images are stored"
+        message = f"disk full ({error.strerror}): {kept}; free some space and embed again to resume"
+        raise OSError(errno.ENOSPC, message, str(path)) from error

@@ -1,0 +1,105 @@
+"""What an embedding store looks like on disk, and how it is checked. `fastprob.data.store` uses it.
+
+A store is a directory of four files:
+
+    image.npy        [N, D] float32, one row per image
+    text.npy         [M, D] float32, one row per caption, in the order of the images
+    captions.jsonl   N lines {"captions": [...], "label": int or null}
+    metadata.json    format, source (data set, encoder, transform), counts;
+                     for every shard and file: rows, bytes, sha256
+
+metadata.json alone says what is valid. It is replaced in one step, after the data it speaks of has been
+flushed to the disk, so bytes beyond the last recorded shard are the remains of an interrupted run.
+"""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+IMAGE, TEXT, CAPTIONS, METADATA = "image.npy", "text.npy", "captions.jsonl", "metadata.json"
+DATA_FILES = (IMAGE, TEXT, CAPTIONS)
+KEYS = ("format", "complete", "source", "images", "texts", "shards")
+
+
+def new_metadata(source: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of a store with nothing in it."""
+    return dict(zip(KEYS, (FORMAT, False, source, 0, 0, []), strict=True))
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The store's metadata, None when there is none. Raises ValueError when it is not of this format."""
+    file = path / METADATA
+    if not file.exists():
+        return None
+    try:
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got: {error}") from error
+    found = metadata if isinstance(metadata, dict) else {}
+    if found.get("format") != FORMAT or not set(KEYS) <= found.keys():
+        got = f"format {found.get('format')!r} with {', '.join(found)}"
+        raise ValueError(f"{file}: expected store format {FORMAT} with {', '.join(KEYS)}, got {got}")
+    return metadata
+
+
+def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Replace the store's metadata in one step."""
+    temporary = path / (METADATA + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(json.dumps(metadata, indent=1, ensure_ascii=False).encode() + b"\n")
+        sync(file)
+    os.replace(temporary, path / METADATA)
+
+
+def sync(file: Any) -> None:
+    """Bring a written file to the disk; a full disk is reported here at the latest."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def header(metadata: dict[str, Any], name: str) -> bytes:
+    """The .npy header of a data file (none for the captions), for the rows recorded so far.
+
+    Its length does not depend on the rows: numpy leaves room for the first axis to grow.
+    """
+    if name == CAPTIONS:
+        return b""
+    shape = (metadata["images" if name == IMAGE else "texts"], metadata["source"]["dim"])
+    buffer = io.BytesIO()
+    described = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
+
+
+def size(metadata: dict[str, Any], name: str) -> int:
+    """Bytes of a data file that the recorded shards account for."""
+    return len(header(metadata, name)) + sum(shard[name]["bytes"] for shard in metadata["shards"])
+
+
+def check_sizes(path: Path, metadata: dict[str, Any]) -> None:
+    """Raises ValueError naming a file that is missing, or shorter than its shards (once complete: longer)."""
+    for name in DATA_FILES:
+        file, expected = path / name, size(metadata, name)
+        got = file.stat().st_size if file.exists() else None
+        if got is None or got < expected or (metadata["complete"] and got != expected):
+            found = "no file" if got is None else f"{got} bytes"
+            raise ValueError(f"{file}: expected {expected} bytes, got {found}")
+
+
+def verify(path: Path, metadata: dict[str, Any]) -> None:
+    """Read every recorded byte; raises ValueError naming the first file and shard whose checksum differs."""
+    check_sizes(path, metadata)
+    for name in DATA_FILES:
+        with open(path / name, "rb") as file:
+            file.seek(len(header(metadata, name)))
+            for number, shard in enumerate(metadata["shards"]):
+                expected = shard[name]["sha256"]
+                got = hashlib.sha256(file.read(shard[name]["bytes"])).hexdigest()
+                if got != expected:
+                    raise ValueError(f"{path / name}: shard {number}: expected sha256 {expected}, got {got}")

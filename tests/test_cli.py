@@ -1,0 +1,357 @@
+"""The command line: the whole way on real digits, and every mistake that users make, through `main` itself."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import toy_clip
+
+from fastprob import cli
+from fastprob.adapters import ProbVLM, nll, predict
+from fastprob.data import digitscenes
+from fastprob.data.digitscenes import DigitScenes
+from fastprob.data.store import EmbeddingStore, embed
+from fastprob.encoders import load_encoder
+from fastprob.uncertainty.calibration import Calibration, Evaluation, recall_at_k, spearman
+from fastprob.uncertainty.report import Report, evaluate_store
+
+SCENES = {"train": "digitscenes:val", "val": "digitscenes:test"}
+COUNT = 200  # scenes of each
+FIT = ("--epochs", "2", "--hidden", "16", "--batch-size", "64", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Waking a second thread costs more than these tiny products, far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_scenes():
+    with pytest.MonkeyPatch.context() as patch:
+        for split in ("val", "test"):
+            patch.setitem(digitscenes.DEFAULT_SCENES, split, COUNT)
+        yield
+
+
+def succeed(*argv):
+    assert cli.main([str(word) for word in argv]) == 0
+
+
+def fail(capsys, *argv):
+    """Run a command that must fail as a user's mistake does; return its one line."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in argv]) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.startswith(f"fastprob {argv[0]}: error: ") and error.endswith("\n") and error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Directory with the config of the model toy-cli and its weights toy-cli-0.pt and toy-cli-1.pt."""
+    directory = tmp_path_factory.mktemp("toy")
+    toy_clip.register(directory, "toy-cli")
+    for seed in (0, 1):
+        toy_clip.weights(directory, "toy-cli", seed)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(toy):
+    return ("--model", "toy-cli", "--pretrained", toy / "toy-cli-0.pt", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory, model):
+    directory = tmp_path_factory.mktemp("stores")
+    for name, data in SCENES.items():
+        succeed("embed", "--data", data, "--out", directory / name, *model)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, stores):
+    directory = tmp_path_factory.mktemp("run") / "run"
+    succeed("fit", "--store", stores / "train", "--val-store", stores / "val", "--out", directory, *FIT)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A store of width 40."""
+    directory = tmp_path_factory.mktemp("wide")
+    toy_clip.register(directory, "toy-wide", dim=40)
+    encoder = load_encoder("toy-wide", pretrained=toy_clip.weights(directory, "toy-wide", 0))
+    embed(DigitScenes("test", num_scenes=20), encoder, directory / "store", progress=False)
+    return directory / "store"
+
+
+# ------------------------------------------------------------------------------------------ the whole way
+
+
+def test_report_says_what_the_library_says(capsys, tmp_path, stores, run):
+    capsys.readouterr()
+    succeed("eval", "--store", stores / "val", "--checkpoint", run, "--out", tmp_path / "report", "--device", "cpu")
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    store, adapter, scenes = EmbeddingStore(stores / "val"), ProbVLM.load(run / "best.safetensors"), DigitScenes("test")
+    ids = torch.arange(len(store.image))
+    assert report["nll"] == pytest.approx(nll(adapter, store), rel=1e-6)
+    for direction, recall in (
+        ("image_to_text", recall_at_k(store.image, store.text, (ids, store.caption_image), 5)),
+        ("text_to_image", recall_at_k(store.text, store.image, (store.caption_image, ids), 5)),
+    ):
+        assert report[direction]["recall_at"]["5"] == recall
+        assert len(report[direction]["recall"]) == 10
+    assert report["match"] == "image" and report["source"]["dataset"] == SCENES["val"]
+    uncertainty = predict(adapter.text, store.text, passes=20).total.mean(1)
+    assert report["ambiguity_spearman"] == pytest.approx(spearman(scenes.matches().sum(1), uncertainty), abs=1e-9)
+    for text in ("image -> text", "text -> image", "recall@5", f"NLL {report['nll']:.4f}", "caption ambiguity"):
+        assert text in printed
+
+
+def test_figures(tmp_path, stores, run, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = ("eval", "--store", stores / "val", "--checkpoint", run, "--passes", "0")
+    succeed(*arguments, "--out", tmp_path / "with")
+    for name in ("recall_by_level.png", "uncertainty_by_ambiguity.png"):
+        assert (tmp_path / "with" / name).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    succeed(*arguments, "--out", tmp_path / "without")
+    assert os.listdir(tmp_path / "without") == ["report.json"]
+    assert "no figures: figures need matplotlib: pip install" in capsys.readouterr().err
+
+
+def test_undefined_correlation_is_null_in_json(tmp_path):
+    constant = Calibration([0.1, 0.2], [0.5, 0.5], [2, 2], spearman=math.nan, r2=math.nan, recall_at={1: 0.5})
+    report = Report({}, "image", 0, 0, 0.0, Evaluation(constant, constant), torch.zeros(4), None)
+    report.save(tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert written["image_to_text"]["spearman"] is None and written["text_to_image"]["score"] is None
+    assert written["image_to_text"]["recall"] == [0.5, 0.5]
+
+
+def test_classes_decide_what_matches_where_there_are_labels(tmp_path, toy):
+    encoder = load_encoder("toy-cli", pretrained=str(toy / "toy-cli-0.pt"))
+    dataset = toy_clip.Digits(60)
+    dataset.__class__ = type("Captioned", (toy_clip.Digits,), {"__getitem__": captioned})
+    store = embed(dataset, encoder, tmp_path / "store", progress=False)
+    report = evaluate_store(ProbVLM(toy_clip.DIM, 8), store, passes=0, levels=2)
+    classes = store.labels, store.labels[store.caption_image]
+    assert report.match == "class" and report.ambiguity is None
+    assert report.evaluation.image_to_text.recall_at[1] == recall_at_k(store.image, store.text, classes)
+
+
+def captioned(self, i):
+    picture, _ = toy_clip.Digits.__getitem__(self, i)
+    return picture, [f"number {i}"]
+
+
+def test_help_and_info_are_light():
+    """Neither waits for open_clip, scikit-learn or matplotlib."""
+    code = (
+        "import sys; from fastprob.cli import main\n"
+        "assert main(['info']) == 0\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "print(sorted({'open_clip', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+    assert "probvlm_loss" in output
+    for command in cli.COMMANDS:
+        assert f"\n    {command} " in output
+
+
+def test_module_is_the_command():
+    ran = subprocess.run([sys.executable, "-m", "fastprob", "embed"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "fastprob embed: error: the following arguments are required" in ran.stderr
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
+def test_embed_mistakes(capsys, tmp_path, model, stores, toy):
+    out = tmp_path / "store"
+    assert "no-such-model" in fail(capsys, "embed", "--data", SCENES["val"], "--out", out, "--model", "no-such-model")
+    missing = ("--model", "toy-cli", "--pretrained", toy / "none.pt")
+    assert "none.pt" in fail(capsys, "embed", "--data", SCENES["val"], "--out", out, *missing)
+    assert "holidays" in fail(capsys, "embed", "--data", "digitscenes:holidays", "--out", out, *model)
+    assert "none.json" in fail(capsys, "embed", "--data", tmp_path / "none.json", "--out", out, *model)
+    assert "batch_size" in fail(capsys, "embed", "--data", SCENES["val"], "--out", out, *model, "--batch-size", "0")
+    assert not out.exists()
+    other = ("--model", "toy-cli", "--pretrained", toy / "toy-cli-1.pt")
+    line = fail(capsys, "embed", "--data", SCENES["val"], "--out", stores / "val", *other)
+    assert "another source: fingerprint is" in line and "--overwrite" not in line
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fail(capsys, "embed", "--data", SCENES["val"], "--out", tmp_path / "file" / "x", *model)
+
+
+def test_weights_that_cannot_be_downloaded(capsys, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("the hub is out of reach")
+
+    monkeypatch.setattr("open_clip.factory.download_pretrained", unreachable)
+    model = ("--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k")
+    line = fail(capsys, "embed", "--data", SCENES["val"], "--out", tmp_path / "store", *model)
+    assert "--model ViT-B-32: " in line and "the hub is out of reach" in line
+
+
+def test_unusable_device(capsys, tmp_path):
+    for device in ("abacus", *(() if torch.cuda.is_available() else ("cuda",))):
+        line = fail(capsys, "embed", "--data", SCENES["val"], "--out", tmp_path / "store", "--device", device)
+        assert f"--device {device}: " in line
+
+
+def test_store_mistakes(capsys, tmp_path, stores, run):
+    for command, rest in (("fit", ("--out", tmp_path / "run")), ("eval", ("--checkpoint", run))):
+        assert f"{tmp_path}: no embedding store here" in fail(capsys, command, "--store", tmp_path, *rest)
+        broken = shutil.copytree(stores / "val", tmp_path / command)
+        size = (broken / "text.npy").stat().st_size
+        os.truncate(broken / "text.npy", size - 1)
+        message = f"{broken / 'text.npy'}: expected {size} bytes, got {size - 1} bytes"
+        assert message in fail(capsys, command, "--store", broken, *rest)
+
+
+def test_fit_mistakes(capsys, tmp_path, stores, run, wide):
+    train, out = ("--store", stores / "train"), tmp_path / "run"
+    assert "dropout must be in [0, 1), got 1.5" in fail(capsys, "fit", *train, "--out", out, "--dropout", "1.5")
+    assert "form must be" in fail(capsys, "fit", *train, "--out", out, "--form", "draft")
+    assert "different encoders" in fail(capsys, "fit", *train, "--val-store", wide, "--out", out)
+    assert not out.exists()
+    assert "last.pt" in fail(capsys, "fit", *train, "--out", out, "--resume")
+    assert "holds a run already" in fail(capsys, "fit", *train, "--out", run)
+    assert "trained with lr=0.001" in fail(
+        capsys, "fit", *train, "--val-store", stores / "val", "--out", run, "--resume", *FIT, "--lr", "0.01"
+    )
+    assert "different encoders" in fail(capsys, "fit", "--store", wide, "--out", run, "--resume", *FIT)
+
+
+def test_eval_mistakes(capsys, tmp_path, stores, run, wide, toy):
+    store = ("--store", stores / "val")
+    missing = tmp_path / "none.safetensors"
+    assert str(missing) in fail(capsys, "eval", *store, "--checkpoint", missing)
+    (tmp_path / "garbage").write_bytes(b"garbage" * 100)
+    assert f"{tmp_path / 'garbage'}" in fail(capsys, "eval", *store, "--checkpoint", tmp_path / "garbage")
+    assert "different encoders" in fail(capsys, "eval", "--store", wide, "--checkpoint", run)
+    bare = shutil.copy(run / "best.safetensors", tmp_path / "bare.safetensors")
+    assert f"{bare} takes dimension 24, {wide} has 40" in fail(capsys, "eval", "--store", wide, "--checkpoint", bare)
+    assert "passes must be 0 or >= 2, got 1" in fail(capsys, "eval", *store, "--checkpoint", run, "--passes", "1")
+    assert "levels must be" in fail(capsys, "eval", *store, "--checkpoint", run, "--levels", "1001")
+
+
+def test_checkpoint_of_an_encoder_of_equal_width(capsys, tmp_path, run, toy):
+    """The width cannot tell, the fingerprint does."""
+    encoder = load_encoder("toy-cli", pretrained=str(toy / "toy-cli-1.pt"))
+    embed(DigitScenes("test", num_scenes=20), encoder, tmp_path / "store", progress=False)
+    line = fail(capsys, "eval", "--store", tmp_path / "store", "--checkpoint", run)
+    assert f"{run} and {tmp_path / 'store'} are of different encoders" in line
+
+
+def test_error_of_a_loading_process_is_one_line(tmp_path, toy):
+    encoder, dataset = load_encoder("toy-cli", pretrained=str(toy / "toy-cli-0.pt")), toy_clip.Digits()
+    dataset.fail_at = {1: ValueError("picture 1 is torn")}
+    with pytest.raises(ValueError) as caught:
+        embed(dataset, encoder, tmp_path / "store", num_workers=1, progress=False)
+    assert cli._one_line(caught.value) == "ValueError: picture 1 is torn"
+
+
+def test_no_space(capsys, tmp_path, model, stores, monkeypatch):
+    arguments = ("embed", "--data", SCENES["val"], "--out", tmp_path / "store", *model)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+        assert "MiB needed, 0.0 MiB free): 0 of 200 images are stored" in fail(capsys, *arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        assert f"{tmp_path / 'store'}: disk full (No space left): 0 of 200" in fail(capsys, *arguments)
+    succeed(*arguments)
+    assert_same_store(tmp_path / "store", stores / "val")
+
+
+# ------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def assert_same_store(path, other):
+    for file in other.iterdir():
+        assert (path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+SLOWLY = f"""
+import os, signal, sys, time
+import open_clip, torch
+from fastprob.cli import main
+from fastprob.data import digitscenes
+
+def slow(function, seconds):
+    return lambda *arguments: (time.sleep(seconds), function(*arguments))[1]
+
+digitscenes.DigitScenes.__getitem__ = slow(digitscenes.DigitScenes.__getitem__, 0.05)  # embed takes 10 s
+os.replace = slow(os.replace, 0.05)  # fit replaces two files or more each epoch
+digitscenes.DEFAULT_SCENES.update(val={COUNT}, test={COUNT})
+torch.set_num_threads(1)
+open_clip.add_model_config(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def interrupt(toy, awaited, *argv):
+    """Run a command slowly, send it SIGINT once `awaited` exists; return its stderr and exit code."""
+    command = [sys.executable, "-c", SLOWLY, toy / "toy-cli.json", *argv]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=60)[1], process.returncode
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_in_embed(tmp_path, toy, model, stores):
+    out = tmp_path / "store"
+    arguments = ("embed", "--data", SCENES["val"], "--out", out, *model)
+    error, code = interrupt(toy, out / "metadata.json", *arguments)
+    assert code == 130
+    assert "Traceback" not in error
+    assert error.splitlines()[-1] == "fastprob embed: interrupted: the same command, without --overwrite, resumes"
+    assert not json.loads((out / "metadata.json").read_text())["complete"]
+    succeed(*arguments)
+    assert_same_store(out, stores / "val")
+
+
+def test_ctrl_c_in_fit(tmp_path, toy, stores):
+    long = ("--epochs", "60", *FIT[2:])
+    arguments = ("fit", "--store", stores / "train", "--out", tmp_path / "run", *long)
+    error, code = interrupt(toy, tmp_path / "run" / "history.json", *arguments)
+    assert code == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "fastprob fit: interrupted: the same command with --resume goes on from there"
+    history = tmp_path / "run" / "history.json"
+    before = json.loads(history.read_text())["step_loss"]
+    assert len(before) < 60 * 4  # steps
+    succeed(*arguments, "--resume")
+    after = json.loads(history.read_text())["step_loss"]
+    assert len(after) == 60 * 4 and after[: len(before)] == before

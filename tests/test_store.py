@@ -1,0 +1,336 @@
+"""The embedding store: what is written is what the encoder returned, and nothing that goes wrong loses or fakes it."""
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import toy_clip
+from toy_clip import Digits
+
+from fastprob.data import store_format
+from fastprob.data.store import EmbeddingStore, embed
+from fastprob.encoders import load_encoder
+
+FILES = (*store_format.DATA_FILES, store_format.METADATA)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Waking a second thread costs more than these tiny products, far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Two encoders that differ in nothing but their weights."""
+    directory = tmp_path_factory.mktemp("toy")
+    toy_clip.register(directory, "toy-store")
+    return [load_encoder("toy-store", pretrained=toy_clip.weights(directory, "toy-store", seed)) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def encoder(encoders):
+    return encoders[0]
+
+
+def write(path, encoder, dataset=None, **options):
+    options = {"batch_size": 3, "shard_size": 8, "progress": False} | options
+    return embed(Digits() if dataset is None else dataset, encoder, path, **options)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, encoder):
+    """A complete store that no test changes: three shards, of 8, 8 and 7 images."""
+    path = tmp_path_factory.mktemp("complete") / "store"
+    write(path, encoder)
+    return path
+
+
+@pytest.fixture
+def copy(complete, tmp_path):
+    return shutil.copytree(complete, tmp_path / "copy")
+
+
+def assert_same_files(path, other):
+    assert sorted(os.listdir(path)) == sorted(FILES)
+    for name in FILES:
+        assert (path / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def spoil(path, change):
+    metadata = json.loads((path / store_format.METADATA).read_text())
+    change(metadata)
+    (path / store_format.METADATA).write_text(json.dumps(metadata))
+
+
+# ------------------------------------------------------------------------------------------ contents
+
+
+def test_rows_are_the_encoders(complete, encoder):
+    dataset, store = Digits(), EmbeddingStore(complete)
+    samples = [dataset[i] for i in range(len(dataset))]
+    captions = [caption for _, own in samples for caption in own]
+    with torch.inference_mode():
+        image = torch.cat([encoder.encode_image(encoder.preprocess(picture)[None]) for picture, _ in samples])
+        text = torch.cat([encoder.encode_text(encoder.tokenizer([caption])) for caption in captions])
+    torch.testing.assert_close(store.image, image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(store.text, text, atol=1e-6, rtol=0)
+    assert store.captions == captions
+    assert store.caption_image.tolist() == [i for i, (_, own) in enumerate(samples) for _ in own]
+    assert store.labels.tolist() == dataset.labels.tolist()
+    assert store.metadata["source"]["model"] == encoder.name
+    assert store.metadata["source"]["fingerprint"] == encoder.fingerprint()
+    assert store.metadata["captions_per_image"] == len(captions) / len(samples)
+    assert [shard["image.npy"]["rows"] for shard in store.metadata["shards"]] == [8, 8, 7]
+    store.verify()
+
+
+def test_labels_are_none_without_labels(tmp_path, encoder):
+    assert write(tmp_path / "store", encoder, Digits(5, labelled=False)).labels is None
+
+
+def test_images_without_any_caption(tmp_path, encoder):
+    dataset = Digits(1)  # the first digit has no caption
+    store = write(tmp_path / "store", encoder, dataset)
+    store.verify()
+    assert store.image.shape == (1, encoder.dim) and store.text.shape == (0, encoder.dim)
+    assert store.captions == [] and store.caption_image.tolist() == []
+
+
+def test_files_are_plain_npy_and_writing_to_tensors_leaves_them(copy):
+    store, before = EmbeddingStore(copy), (copy / "image.npy").read_bytes()
+    assert np.array_equal(np.load(copy / "image.npy"), store.image.numpy())
+    store.image.zero_()
+    assert (copy / "image.npy").read_bytes() == before
+
+
+def test_worker_processes_write_the_same_bytes(tmp_path, complete, encoder):
+    write(tmp_path / "store", encoder, num_workers=2)
+    assert_same_files(tmp_path / "store", complete)
+
+
+def test_half_precision_is_stored_as_float32(tmp_path, encoder):
+    half = Altered(encoder, encode_image=lambda x: encoder.encode_image(x).half())
+    store = write(tmp_path / "store", half)
+    assert torch.equal(store.image, store.image.half().float())
+
+
+# ----------------------------------------------------------------------------- once, and interruption
+
+
+def test_complete_store_is_not_written_again(copy, encoder):
+    before = [(copy / name).stat().st_mtime_ns for name in FILES]
+    dataset = Digits()
+    write(copy, encoder, dataset)
+    assert dataset.reads == []
+    assert [(copy / name).stat().st_mtime_ns for name in FILES] == before
+
+
+@pytest.mark.parametrize(("stop", "kept"), [(1, 0), (7, 0), (8, 8), (13, 8), (22, 16)])
+def test_interrupted_store_resumes_to_the_same_bytes(tmp_path, complete, encoder, stop, kept):
+    path, dataset = tmp_path / "store", Digits()
+    dataset.fail_at = {stop: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        write(path, encoder, dataset)
+    with pytest.raises(ValueError, match=rf"incomplete store \({kept} of 23 images\)"):
+        EmbeddingStore(path)
+    dataset = Digits()
+    write(path, encoder, dataset)
+    assert set(dataset.reads) == set(range(kept, 23))
+    assert_same_files(path, complete)
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_death_before_any_metadata_write_is_harmless(tmp_path, complete, encoder, monkeypatch, call):
+    path, calls, replace = tmp_path / "store", [], os.replace
+
+    def dying_replace(source, target):
+        calls.append(target)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", dying_replace)
+        write(path, encoder)
+    write(path, encoder)
+    assert_same_files(path, complete)
+
+
+def test_resuming_with_another_encoder_names_the_difference(tmp_path, encoders):
+    (encoder, other), path, dataset = encoders, tmp_path / "store", Digits()
+    dataset.fail_at = {9: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        write(path, encoder, dataset)
+    before = {name: (path / name).read_bytes() for name in FILES}
+    with pytest.raises(ValueError, match=f"fingerprint is '{encoder.fingerprint()}' there, '{other.fingerprint()}'"):
+        write(path, other)
+    with pytest.raises(ValueError, match="dataset is 'digits' there, 'figures' here"):
+        write(path, encoder, Digits(name="figures"))
+    with pytest.raises(ValueError, match="images is 23 there, 24 here"):
+        write(path, encoder, Digits(24))
+    assert {name: (path / name).read_bytes() for name in FILES} == before
+
+
+def test_overwrite_replaces_a_store_of_another_source(copy, complete, encoders):
+    encoder, other = encoders
+    with pytest.raises(ValueError, match="another source: fingerprint"):
+        write(copy, other)
+    store = write(copy, other, overwrite=True)
+    store.verify()
+    assert store.metadata["source"]["fingerprint"] == other.fingerprint()
+    write(copy, encoder, overwrite=True)
+    assert_same_files(copy, complete)
+
+
+def test_interrupted_overwrite_leaves_no_readable_mixture(copy, encoder):
+    dataset = Digits()
+    dataset.fail_at = {2: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        write(copy, encoder, dataset, overwrite=True)
+    with pytest.raises(ValueError, match="incomplete"):
+        EmbeddingStore(copy)
+
+
+# ------------------------------------------------------------------------------------------ full disk
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_space_is_checked_before_encoding(tmp_path, complete, encoder, monkeypatch):
+    path, dataset = tmp_path / "store", Digits()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"MiB needed.*0 of 23") as caught:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))
+        write(path, encoder, dataset)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+    assert set(dataset.reads) == {0}
+    write(path, encoder)
+    assert_same_files(path, complete)
+
+
+@pytest.mark.parametrize("call", range(1, 16))
+def test_disk_that_fills_up_leaves_a_resumable_store(tmp_path, complete, encoder, monkeypatch, call):
+    """A file system may report a full disk at write or at fsync; every fsync of the run is tried."""
+    path, calls, fsync = tmp_path / "store", [], os.fsync
+
+    def filling_fsync(descriptor):
+        calls.append(descriptor)
+        full_disk() if len(calls) == call else fsync(descriptor)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"disk full.*images are stored") as caught:
+        patched.setattr(os, "fsync", filling_fsync)
+        write(path, encoder)
+    assert caught.value.errno == errno.ENOSPC
+    write(path, encoder)
+    assert_same_files(path, complete)
+
+
+def test_other_system_errors_stay_as_they_are(tmp_path, encoder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        write(tmp_path / "file" / "store", encoder)
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def test_no_store(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no embedding store here"):
+        EmbeddingStore(tmp_path)
+
+
+@pytest.mark.parametrize("name", store_format.DATA_FILES)
+def test_missing_truncated_or_longer_file_is_named(copy, name):
+    file, size = copy / name, (copy / name).stat().st_size
+    for got in (size - 1, 0, size + 4):
+        os.truncate(file, got)
+        with pytest.raises(ValueError, match=f"{name}: expected {size} bytes, got {got} bytes"):
+            EmbeddingStore(copy)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{name}: expected {size} bytes, got no file"):
+        EmbeddingStore(copy)
+
+
+@pytest.mark.parametrize("name", store_format.DATA_FILES)
+@pytest.mark.parametrize("shard", [0, 2])
+def test_changed_byte_fails_verification_of_its_shard(copy, name, shard):
+    store, data = EmbeddingStore(copy), bytearray((copy / name).read_bytes())
+    data[-1 if shard else 200] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: shard {shard}: expected sha256 [0-9a-f]{{64}}, got [0-9a-f]{{64}}"):
+        store.verify()
+
+
+def test_array_of_another_shape_or_type_is_refused(copy):
+    image = np.load(copy / "image.npy")
+    for wrong in (image.reshape(24, 23), image.view(np.int32)):
+        np.save(copy / "image.npy", wrong)
+        with pytest.raises(ValueError, match=r"image.npy: expected float32 \(23, 24\), got (int32|float32 \(24, 23\))"):
+            EmbeddingStore(copy)
+    (copy / "image.npy").write_bytes(bytes((copy / "image.npy").stat().st_size))
+    with pytest.raises(ValueError, match=r"image.npy: expected an .npy array"):
+        EmbeddingStore(copy)
+
+
+def test_unreadable_metadata_is_refused(copy):
+    spoil(copy, lambda metadata: metadata.update(format=99))
+    with pytest.raises(ValueError, match=r"expected store format 1 .*, got format 99"):
+        EmbeddingStore(copy)
+    spoil(copy, lambda metadata: (metadata.update(format=1), metadata.pop("shards")))
+    with pytest.raises(ValueError, match=r"metadata.json: expected store format 1 with .*shards"):
+        EmbeddingStore(copy)
+    for text in ("[]", '{"form'):
+        (copy / store_format.METADATA).write_text(text)
+        with pytest.raises(ValueError, match=r"metadata.json: expected"):
+            EmbeddingStore(copy)
+
+
+def test_damaged_partial_store_is_not_resumed(tmp_path, encoder):
+    path, dataset = tmp_path / "store", Digits()
+    dataset.fail_at = {17: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        write(path, encoder, dataset)
+    data = bytearray((path / "text.npy").read_bytes())
+    data[150] ^= 1
+    (path / "text.npy").write_bytes(data)
+    with pytest.raises(ValueError, match=r"text.npy: shard 0: expected sha256"):
+        write(path, encoder)
+    os.truncate(path / "text.npy", 200)
+    with pytest.raises(ValueError, match=r"text.npy: expected \d+ bytes, got 200 bytes"):
+        write(path, encoder)
+
+
+class Altered:
+    """An encoder with one method replaced."""
+
+    def __init__(self, encoder, **methods):
+        self._encoder, self._methods = encoder, methods
+
+    def __getattr__(self, name):
+        return self._methods.get(name) or getattr(self._encoder, name)
+
+
+def test_malformed_encoder_output_is_refused(tmp_path, encoder):
+    for wrong, message in (
+        (lambda x: encoder.encode_image(x)[:, :20], r"must return \[3, 24\], got \[3, 20\]"),
+        (lambda x: encoder.encode_image(x).index_fill(0, torch.tensor([1]), torch.nan), "infinity in 1 of 3 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "store", Altered(encoder, encode_image=wrong))
+
+
+def test_bad_arguments(tmp_path, encoder):
+    with pytest.raises(ValueError, match="batch_size and shard_size must be >= 1, got 0 and 8"):
+        write(tmp_path / "store", encoder, batch_size=0)
+    with pytest.raises(ValueError, match="data set 'digits' is empty"):
+        write(tmp_path / "store", encoder, Digits(0))
+    assert not (tmp_path / "store").exists()

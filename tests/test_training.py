@@ -1,0 +1,309 @@
+"""Training: exact resume, fused against reference, what is drawn, what is refused."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import fastprob
+from fastprob.adapters import PairedEmbeddings, ProbVLM, TrainConfig, fit, nll, training
+from fastprob.adapters.pairs import Pairs
+
+DIM = 8
+
+
+def pairs(images=22, captions=3, seed=0):
+    """Captions scatter around their image."""
+    generator = torch.Generator().manual_seed(seed)
+    image = normalize(torch.randn(images, DIM, generator=generator), dim=1)
+    owner = torch.arange(images).repeat(captions)
+    text = normalize(image[owner] + 0.2 * torch.randn(len(owner), DIM, generator=generator), dim=1)
+    return PairedEmbeddings(image, text, owner)
+
+
+CONFIG = TrainConfig(epochs=3, batch_size=5, hidden=16, lr=3e-3, dropout=0.3)  # 5 steps an epoch, the last of 2
+
+
+def run(directory=None, **options):
+    options = {"data": pairs(), "validation": pairs(seed=1), "config": CONFIG, **options}
+    return fit(**options, directory=directory, device="cpu", progress=False)
+
+
+def same(one, other):
+    weights = one.model.state_dict(), other.model.state_dict()
+    return one.history == other.history and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def stop_after(monkeypatch, steps, stop):
+    """Call `stop` in the middle of the given step, counted from 1."""
+    update, taken = training._Run.update, []
+
+    def counted(self, image, text):
+        loss = update(self, image, text)
+        taken.append(1)
+        if len(taken) == steps:
+            stop()
+        return loss
+
+    monkeypatch.setattr(training._Run, "update", counted)
+
+
+def test_training_lowers_the_nll_and_records_it(tmp_path):
+    result = run(tmp_path, config=TrainConfig(epochs=20, batch_size=5, hidden=16, lr=3e-3))
+    history = result.history
+    assert result.nll_after < result.nll_before - 1
+    assert [len(history[key]) for key in ("step_loss", "train_loss", "val_nll")] == [100, 20, 20]
+    assert history["train_loss"][0] == pytest.approx(sum(history["step_loss"][:5]) / 5)
+    assert result.nll_after == history["val_nll"][-1] == pytest.approx(nll(result.model, pairs(seed=1)), abs=1e-6)
+    assert not result.model.training
+    written = json.loads((tmp_path / "history.json").read_text())
+    assert written.pop("config")["epochs"] == 20 and written == history
+    best = ProbVLM.load(tmp_path / "best.safetensors")
+    assert nll(best, pairs(seed=1)) == pytest.approx(min(history["val_nll"]), abs=1e-6)
+
+
+def test_nll_is_the_mean_over_all_captions(monkeypatch):
+    torch.manual_seed(0)
+    model, data = ProbVLM(DIM, 16, 0.5).train(), pairs()
+    monkeypatch.setattr(training, "_NLL_ROWS", 4)
+    got = nll(model, data, cross_weight=0.25, form="released")
+    assert model.training and model.image.mod.training
+    model.eval()
+    total = 0
+    for caption, image in enumerate(data.caption_image):
+        z_v, z_t = data.image[image], data.text[caption]
+        of_v, of_t = model(z_v, z_t)
+        for weight, of, z in ((1, of_v, z_v), (1, of_t, z_t), (0.25, of_v, z_t), (0.25, of_t, z_v)):
+            total += weight * fastprob.ggd_nll(*of, z, form="released").item()
+    assert got == pytest.approx(total / len(data.text), rel=1e-5)
+
+
+def test_an_epoch_draws_each_image_once_with_a_caption_of_its_own():
+    data = PairedEmbeddings(  # rows that name themselves; images have 1, 2 and 3 captions, in mixed order
+        torch.arange(3.0)[:, None], torch.arange(6.0)[:, None], torch.tensor([2, 1, 0, 2, 1, 2])
+    )
+    train, drawn = Pairs(data, torch.device("cpu")), set()
+    for epoch in range(60):
+        batches = list(train.epoch(seed=4, epoch=epoch, batch_size=2))
+        assert [len(image) for image, _ in batches] == [2, 1]
+        image, text = (torch.cat(rows).squeeze(1).long() for rows in zip(*batches, strict=True))
+        assert sorted(image.tolist()) == [0, 1, 2]
+        assert data.caption_image[text].equal(image)
+        drawn.update(text.tolist())
+        later = list(train.epoch(4, epoch, 2, first=1))
+        assert len(later) == 1 and later[0][1].equal(batches[1][1])
+    assert drawn == set(range(6))
+    epochs = [torch.cat([text for _, text in train.epoch(4, epoch, 2)]) for epoch in range(20)]
+    assert len({tuple(texts.flatten().tolist()) for texts in epochs}) > 5
+    other = [torch.cat([text for _, text in train.epoch(5, epoch, 2)]) for epoch in range(20)]
+    assert any(not a.equal(b) for a, b in zip(epochs, other, strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7, 14])
+def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(tmp_path, monkeypatch, steps):
+    """A real SIGINT in the middle of a step: mid-epoch, and at the last step of an epoch."""
+    expected = run()
+    stop_after(monkeypatch, steps, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == divmod(steps, 5)
+    assert same(run(tmp_path, resume=True), expected)
+
+
+def test_the_callers_handler_of_ctrl_c_is_put_back():
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        run()
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_still_resumes(tmp_path, monkeypatch):
+    expected = run()
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop_after(monkeypatch, 8, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert same(run(tmp_path, resume=True), expected)
+
+
+def test_a_crash_before_the_first_epoch_ends_resumes_from_the_start(tmp_path, monkeypatch):
+    expected = run()
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    stop_after(monkeypatch, 2, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path)
+    assert same(run(tmp_path, resume=True), expected)
+
+
+def test_resuming_a_finished_run_returns_it(tmp_path):
+    assert same(run(tmp_path), run(tmp_path, resume=True))
+
+
+def test_the_learning_rate_falls_to_zero_along_a_cosine(monkeypatch):
+    update, rates = training._Run.update, []
+
+    def noted(self, image, text):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return update(self, image, text)
+
+    monkeypatch.setattr(training._Run, "update", noted)
+    run()
+    assert rates == pytest.approx([3e-3 * (1 + math.cos(math.pi * step / 15)) / 2 for step in range(15)])
+
+
+def test_seed_decides_everything_and_the_callers_random_state_is_left_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = run()
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(2)
+    assert same(run(), one)
+    assert not same(run(config=TrainConfig(**{**vars(CONFIG), "seed": 1})), one)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"config": TrainConfig(**{**vars(CONFIG), "lr": 1e-2})}, r"lr=0\.003, got lr=0\.01"),
+        ({"config": TrainConfig(**{**vars(CONFIG), "epochs": 4})}, "epochs=3, got epochs=4"),
+        ({"data": pairs(images=23)}, "data=.*22.*got data=.*23"),
+        ({"validation": None}, "validation=.*got validation=None"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_field(tmp_path, changed, message):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, resume=True, **changed)
+
+
+def test_resume_needs_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="resume needs the directory"):
+        run(resume=True)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="must be a checkpoint of format"):
+        run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize("positive", ["relu", "softplus"])
+def test_fused_training_follows_the_reference(form, positive):
+    """Same seed, same batches, 20 steps; Adam divides by the gradient's own size, which lets rounding grow."""
+    config = TrainConfig(epochs=4, batch_size=5, hidden=16, lr=3e-3, form=form, positive=positive, l1_weight=0.1)
+    fused = torch.tensor(run(config=config).history["step_loss"])
+    with fastprob.backend("reference"):
+        reference = torch.tensor(run(config=config).history["step_loss"])
+    torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5)
+    assert reference[-5:].mean() < reference[:5].mean()
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    update, taken = training._Run.update, []
+
+    def poisoned(self, image, text):
+        taken.append(1)
+        return update(self, image, text) * (torch.inf if len(taken) == 8 else 1)
+
+    monkeypatch.setattr(training._Run, "update", poisoned)
+    with pytest.raises(FloatingPointError, match=r"loss \(inf\) stopped being finite at epoch 1, step 2.*last\.pt"):
+        run(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 0)
+
+
+def test_weights_that_become_nan_in_the_last_step_of_an_epoch_are_not_saved(tmp_path, monkeypatch):
+    def poison(self, image, text):
+        loss = update(self, image, text)
+        if self.epoch == 1 and self.step == 4:
+            self.model.text.mod[0].weight.data[0, 0] = torch.nan
+        return loss
+
+    update = training._Run.update
+    monkeypatch.setattr(training._Run, "update", poison)
+    with pytest.raises(FloatingPointError, match="weights stopped being finite at epoch 1, step 4"):
+        run(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_without_validation_the_training_pairs_are_scored(tmp_path):
+    result = run(tmp_path, validation=None)
+    assert result.history["val_nll"] == []
+    assert result.nll_after == pytest.approx(nll(result.model, pairs()), abs=1e-6)
+    assert (tmp_path / "best.safetensors").exists()
+
+
+IMAGE, TEXT, OWNER = torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "owner", "message"),
+    [
+        (torch.ones(2, 5), TEXT, OWNER, "one width, got 5 and 4"),
+        (torch.ones(4), TEXT, OWNER, r"image must be .* got \(4,\)"),
+        (torch.ones(0, 4), TEXT, OWNER, r"image must be .* got \(0, 4\)"),
+        (IMAGE, TEXT.long(), OWNER, "text must be a floating-point .*int64"),
+        (IMAGE, TEXT, OWNER[:2], r"caption_image must be int64 \[3\], got \(2,\)"),
+        (IMAGE, TEXT, OWNER.int(), "caption_image must be int64 .*int32"),
+        (IMAGE, TEXT, OWNER + 1, r"caption_image must be in 0\.\.1, got 1\.\.2"),
+        (IMAGE, TEXT, OWNER - 1, r"caption_image must be in 0\.\.1, got -1\.\.0"),
+        (IMAGE, TEXT, torch.ones(3).long(), "image 0 has none"),
+        (IMAGE, torch.tensor([1, torch.nan, 1])[:, None].expand(3, 4), OWNER, "text row 1 has a NaN"),
+        (torch.tensor([1, torch.inf])[:, None].expand(2, 4), TEXT, OWNER, "image row 1 has a NaN or inf"),
+    ],
+)
+def test_bad_pairs(image, text, owner, message):
+    with pytest.raises(ValueError, match=f"PairedEmbeddings: .*{message}"):
+        PairedEmbeddings(image, text, owner)
+
+
+def test_bad_pairs_are_refused_by_fit_whatever_holds_them():
+    class Store:
+        image, text, caption_image = IMAGE, TEXT.index_fill(0, torch.tensor([2]), torch.nan), OWNER
+
+    with pytest.raises(ValueError, match="fit: data: text row 2 has a NaN"):
+        fit(Store, progress=False)
+    with pytest.raises(ValueError, match="fit: validation must have the width of data, 8, got 4"):
+        run(validation=PairedEmbeddings(IMAGE, TEXT, OWNER))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 1.5),
+        ("seed", -1),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("cross_weight", -1.0),
+        ("l1_weight", float("inf")),
+        ("nll_weight", float("nan")),
+        ("form", "other"),
+        ("hidden", 0),
+        ("dropout", 1.0),
+        ("positive", "exp"),
+    ],
+)
+def test_bad_config(argument, value):
+    with pytest.raises(ValueError, match=f"TrainConfig: {argument} must .*got {value!r}"):
+        TrainConfig(**{argument: value})
