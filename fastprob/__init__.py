@@ -1,7 +1,7 @@
 """fastprob: fused operators and modules for probabilistic vision-language adaptation."""
 
-from fastprob._version import __version__
 from fastprob._backends import backend, info, load
+from fastprob._version import __version__
 from fastprob.ops import ggd_nll, ggd_variance, probvlm_loss
 
 load()

@@ -63,7 +63,7 @@ class Op:
     def _backward(self, grad: Tensor, *tensors: Tensor, needs: int, **options) -> tuple[Tensor, ...]:
         grads = self.gradient(grad, *tensors, **{**self.options, **options})  # torch drops defaults
         return tuple(
-            g.contiguous() if needs >> i & 1 else t.new_empty(0)
+            g.to(t.dtype).contiguous() if needs >> i & 1 else t.new_empty(0)
             for i, (g, t) in enumerate(zip(grads, tensors, strict=True))
         )
 

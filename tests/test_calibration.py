@@ -204,13 +204,13 @@ def history(epochs=3, steps=4):
 
 def test_figures_show_what_they_are_given(tmp_path, monkeypatch):
     drawn = {}
-    save = figures._save
+    save = figures.save_figure
 
     def keep(figure, path):
         drawn[path.name] = figure
         return save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     query, gallery, level, match = graded()
     result = calibrate(query, gallery, level, match, levels=5)
     ambiguity = torch.tensor([1.0, 2, 4, 8, 900, 1000])

@@ -104,9 +104,11 @@ def test_first_and_second_derivatives(op):
         assert torch.autograd.gradgradcheck(lambda *t: call(op, t, options), leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
-def test_opcheck(op):
+def test_opcheck(op, dtype):
     for tensors, options in small_samples(op):
+        tensors = [t.to(dtype) for t in tensors]
         leaves = [t.clone().requires_grad_() for t in tensors]
         torch.library.opcheck(getattr(torch.ops.fastprob, op.name).default, leaves, options)
         needs = {**options, "needs": 2 ** len(tensors) - 2}
