@@ -26,14 +26,18 @@ fmt: $(INSTALLED)
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
 bench: $(INSTALLED)
-	$(PYTHON) -m pytest bench --benchmark-json=bench/results/latest.json
+	mkdir -p bench/results
+	$(PYTHON) -m pytest bench -q -m "not gpu" --benchmark-json=bench/results/cpu.json
 
-# On a machine with a GPU and, perhaps, no network: the torch of GPU_PYTHON is used as it is.
+# On a machine with a GPU and, perhaps, no network: GPU_PYTHON's own packages are used as they are. The CUDA library is
+# built for this GPU alone, and only the test files that have GPU tests are imported.
 GPU_PYTHON ?= python3
 gpu:
-	$(GPU_PYTHON) setup.py -q build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m gpu tests
-	$(GPU_PYTHON) -m pytest bench --benchmark-json=bench/results/gpu.json
+	arch=$$($(GPU_PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") && \
+		TORCH_CUDA_ARCH_LIST=$$arch $(GPU_PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
+	$(GPU_PYTHON) -m pytest -q -m gpu $$(grep -l pytest.mark.gpu tests/test_*.py)
+	mkdir -p bench/results
+	$(GPU_PYTHON) -m pytest bench -q -m gpu --benchmark-json=bench/results/gpu.json
 
 # The C++ CPU kernels under the address and undefined-behaviour sanitizers.
 asan: $(INSTALLED)

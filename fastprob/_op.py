@@ -86,7 +86,7 @@ def operator(*, gradient, check, samples, is_scalar=None):
         op = Op(reference.__name__, inspect.signature(reference), reference, gradient, check, samples, is_scalar)
         _define(op)
         OPS[op.name] = op
-        apply = _autograd_function(op).apply
+        apply, value = _autograd_function(op).apply, getattr(torch.ops.fastprob, op.name).default
         count, names = len(op.tensors), list(op.signature.parameters)
 
         @functools.wraps(reference)
@@ -96,12 +96,13 @@ def operator(*, gradient, check, samples, is_scalar=None):
                 op.signature.bind(*args, **kwargs)  # raises the TypeError that Python would
             tensors = _check_tensors(op, [values[k] for k in names[:count]])
             op.check(**values)
-            needs = 0
             options = {k: values[k] for k in names[count:]}
-            is_plain = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-            if is_plain and op.is_scalar and op.is_scalar(**options):
-                needs = sum(t.requires_grad << i for i, t in enumerate(tensors))
-            return apply(needs, *tensors, *options.values())[0]
+            if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+                return apply(0, *tensors, *options.values())[0]
+            needs = sum(t.requires_grad << i for i, t in enumerate(tensors)) if torch.is_grad_enabled() else 0
+            if not needs:
+                return value(*tensors, **options)
+            return apply(needs if op.is_scalar and op.is_scalar(**options) else 0, *tensors, *options.values())[0]
 
         return function
 
@@ -150,7 +151,7 @@ def _check_tensors(op: Op, tensors: list[Tensor]) -> list[Tensor]:
         if not isinstance(t, Tensor):
             raise TypeError(f"{op.name}: {name} must be a tensor, got {type(t).__name__}")
     first = tensors[0]
-    if torch.is_autocast_enabled(first.device.type):
+    if first.device.type != "meta" and torch.is_autocast_enabled(first.device.type):
         tensors = [t if t.dtype == torch.float64 else t.float() for t in tensors]
         first = tensors[0]
     for name, t in zip(op.tensors, tensors):

@@ -16,7 +16,7 @@ def released_adapter(dim, hidden, dropout):
     """The released architecture, written down from its description and not from ours."""
 
     def head(*last):
-        return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim), *last)
+        return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), *last)
 
     trunk = [nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout)]
     return nn.ModuleDict(

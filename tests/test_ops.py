@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import assert_within_budget, maker, overflows
+from torch.autograd import forward_ad
 
 import fastprob
 from fastprob._op import OPS
@@ -136,6 +137,19 @@ def test_compile_fullgraph(op, dynamic):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
+def test_without_gradients(op):
+    """Nothing to differentiate: eager, compiled, under no_grad, and on meta tensors."""
+    tensors, options = next(small_samples(op))
+    expected = call(op, tensors, options)
+    assert not expected.requires_grad
+    compiled = torch.compile(lambda *t: 2 * call(op, t, options), fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), 2 * expected)
+    with torch.no_grad():
+        torch.testing.assert_close(call(op, [t.requires_grad_() for t in tensors], options), expected)
+    assert call(op, [t.to("meta") for t in tensors], options).shape == expected.shape
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_autocast_computes_in_float32(op):
     for tensors, options in small_samples(op):
         mixed = [t.bfloat16() if i % 2 else t.float() for i, t in enumerate(tensors)]
@@ -168,6 +182,8 @@ def test_forward_mode_raises_rather_than_being_wrong(op):
     tensors, options = next(small_samples(op))
     with pytest.raises(RuntimeError, match=r"forward|jvp"):
         torch.func.jvp(lambda *t: call(op, t, options), tuple(tensors), tuple(torch.ones_like(t) for t in tensors))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward|jvp"):
+        call(op, [forward_ad.make_dual(t, torch.ones_like(t)) for t in tensors], options)
 
 
 LAYOUTS = {

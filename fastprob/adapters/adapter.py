@@ -43,7 +43,7 @@ class GGDAdapter(nn.Module):
 
     Args:
         dim: width D of the embedding.
-        hidden: width H of every hidden layer.
+        hidden: width H of the trunk's hidden layers; the heads' are D wide, as released.
         dropout: probability of the one dropout, in [0, 1).
         positive: last activation of the 1/alpha and beta heads, "relu" (released) or "softplus". A ReLU
             can end at exactly 0, where only `EPS` is left: such a dimension has a practically infinite
@@ -65,9 +65,9 @@ class GGDAdapter(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(hidden, dim),
         )
-        self.block_mu = _head(dim, hidden)
-        self.block_alpha = _positive_head(dim, hidden, positive)
-        self.block_beta = _positive_head(dim, hidden, positive)
+        self.block_mu = _head(dim)
+        self.block_alpha = _positive_head(dim, positive)
+        self.block_beta = _positive_head(dim, positive)
 
     def forward(self, x: Tensor) -> Parameters:
         """[..., D] -> (mu, 1/alpha, beta), each [..., D]."""
@@ -174,12 +174,12 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
         temporary.unlink(missing_ok=True)
 
 
-def _head(dim: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+def _head(dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
 
-def _positive_head(dim: int, hidden: int, positive: str) -> nn.Sequential:
-    head = _head(dim, hidden)
+def _positive_head(dim: int, positive: str) -> nn.Sequential:
+    head = _head(dim)
     nn.init.constant_(head[2].bias, _START_AT_ONE[positive])
     return head.append(POSITIVE[positive]())
 

@@ -12,9 +12,9 @@ networks, which takes the noise of the draw out of their ranking.
 What a pass does not change is computed once. With h the hidden layer before the only dropout and d(h) its
 dropped copy, the linear layer after it and the first one of the mu head have no nonlinearity in between:
 
-    W_1 (W_3 d(h) + b_3 + x) + b_1 = F d(h) + c,    F = W_1 W_3  [H, H],    c = W_1 (b_3 + x) + b_1  [B, H]
+    W_1 (W_3 d(h) + b_3 + x) + b_1 = F d(h) + c,    F = W_1 W_3  [D, H],    c = W_1 (b_3 + x) + b_1  [B, D]
 
-and F is computed once, c once a row. A pass is then two products, H x H and H x D, instead of six. The
+and F is computed once, c once a row. A pass is then two products, H x D and D x D, instead of five. The
 variance is accumulated around the no-dropout mu, so one sweep over the passes is stable. Source: Upadhyay
 et al., ProbVLM, ICCV 2023, section 3.3.
 """
@@ -67,7 +67,7 @@ def predict(adapter: GGDAdapter, x: Tensor, *, passes: int = 0, seed: int = 0, b
         raise ValueError(f"predict: batch_size must be >= 1, got {batch_size}")
     weight = adapter.mod[0].weight
     masks = _masks(adapter, passes, seed)
-    fold = adapter.block_mu[0].weight @ adapter.mod[5].weight  # [H, H]
+    fold = adapter.block_mu[0].weight @ adapter.mod[5].weight  # [D, H]
     mu, aleatoric, epistemic = (torch.zeros(x.shape, dtype=weight.dtype, device=x.device) for _ in range(3))
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
@@ -90,15 +90,15 @@ def _masks(adapter: GGDAdapter, passes: int, seed: int) -> Tensor:
 
 
 def _epistemic(adapter: GGDAdapter, fold: Tensor, x: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
-    """Population variance of mu over the passes: fold [H, H], x [B, D], hidden [B, H], masks [M, H] -> [B, D]."""
+    """Population variance of mu over the passes: fold [D, H], x [B, D], hidden [B, H], masks [M, H] -> [B, D]."""
     first, last = adapter.block_mu[0], adapter.block_mu[2]
-    constant = F.linear(x + adapter.mod[5].bias, first.weight, first.bias)  # [B, H]
-    centre = torch.relu(F.linear(hidden, fold) + constant)  # [B, H], without dropout
-    shift = torch.zeros_like(hidden)  # [B, H], sum over the passes of what W_last maps to mu - its centre
+    constant = F.linear(x + adapter.mod[5].bias, first.weight, first.bias)  # [B, D]
+    centre = torch.relu(F.linear(hidden, fold) + constant)  # [B, D], without dropout
+    shift = torch.zeros_like(x)  # [B, D], sum over the passes of what W_last maps to mu - its centre
     square = torch.zeros_like(x)  # [B, D], sum of its squares
     for some in masks.split(max(1, _PASS_ROWS // len(x))):  # [P, H]
         dropped = (hidden * some[:, None]).flatten(0, 1)  # [P * B, H]
-        unit = F.linear(dropped, fold).unflatten(0, (len(some), len(x)))  # [P, B, H]
+        unit = F.linear(dropped, fold).unflatten(0, (len(some), len(x)))  # [P, B, D]
         unit = unit.add_(constant).relu_().sub_(centre)
         shift += unit.sum(0)
         square += F.linear(unit, last.weight).square_().sum(0)

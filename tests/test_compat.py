@@ -1,0 +1,193 @@
+"""The released ProbVLM names: values, gradients and checkpoints against the released formulas, written down again."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastprob.compat.probvlm import (
+    BayesCap_for_CLIP,
+    BayesCap_MLP,
+    GenGaussLoss,
+    TempCombLoss,
+    get_GGuncer,
+    multi_fwpass_ProbVLM,
+)
+
+LAYERS = ["mod.0", "mod.2", "mod.5"] + [f"block_{head}.{i}" for head in ("mu", "alpha", "beta") for i in (0, 2)]
+LOSS_OPTIONS = {
+    "defaults": {},
+    "sum": {"reduction": "sum"},
+    "two eps": {"alpha_eps": 0.03, "beta_eps": 0.2},
+    "bounds": {"resi_min": 0.2, "resi_max": 1.5},
+}
+
+
+def inputs(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mean, inv_alpha, beta, target = torch.randn(4, *shape, dtype=torch.float64, generator=generator)
+    inv_alpha, beta = inv_alpha.relu(), beta.abs() + 0.05  # half of the released 1/alpha are exactly 0
+    target.view(-1)[:2] = mean.view(-1)[:2]  # ties
+    return [t.requires_grad_() for t in (mean, inv_alpha, beta, target)]
+
+
+def released_nll(mean, inv_alpha, beta, target, *, reduction="mean", alpha_eps=1e-4, beta_eps=1e-4, resi_min=1e-4,
+                 resi_max=1e3):  # fmt: skip
+    a, b = inv_alpha + alpha_eps, beta + beta_eps
+    residual = torch.clamp((mean - target).abs() * a * b, resi_min, resi_max)
+    return getattr(residual - a.log() + torch.lgamma(1 / b) - b.log(), reduction)()
+
+
+def assert_same(actual, expected, tensors):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(value, tensors) for value in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1), (3, 5), (65, 129)], ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS.values(), ids=LOSS_OPTIONS)
+def test_losses_have_the_released_values_and_gradients(options, shape):
+    tensors = inputs(*(shape or (1, 2)))
+    if shape == ():
+        tensors = [t[0, 1].detach().requires_grad_() for t in tensors]
+    expected = released_nll(*tensors, **options)
+    assert_same(GenGaussLoss(**options)(*tensors), expected, tensors)
+    l1 = getattr((tensors[0] - tensors[3]).abs(), options.get("reduction", "mean"))()
+    assert_same(
+        TempCombLoss(**options)(*tensors, T1=0.9, T2=5e-2), 0.9 * l1 + 5e-2 * released_nll(*tensors, **options), tensors
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 1000), st.floats(1e-6, 1.0), st.floats(1e-6, 1.0), st.floats(1e-6, 0.1), st.floats(0.2, 1e4),
+    st.sampled_from(["mean", "sum"]),
+)  # fmt: skip
+def test_losses_at_any_constants(seed, alpha_eps, beta_eps, resi_min, resi_max, reduction):
+    tensors = inputs(2, 7, seed=seed)
+    options = (reduction, alpha_eps, beta_eps, resi_min, resi_max)
+    names = ("reduction", "alpha_eps", "beta_eps", "resi_min", "resi_max")
+    assert_same(GenGaussLoss(*options)(*tensors), released_nll(*tensors, **dict(zip(names, options))), tensors)
+
+
+def test_losses_have_the_released_attributes():
+    loss = TempCombLoss("sum", 0.1, 0.2, 0.3, 0.4)
+    for part in (loss, loss.L_GenGauss):
+        values = (part.reduction, part.alpha_eps, part.beta_eps, part.resi_min, part.resi_max)
+        assert values == ("sum", 0.1, 0.2, 0.3, 0.4)
+    assert isinstance(loss.L_l1, nn.L1Loss) and loss.L_l1.reduction == "sum" and not loss.state_dict()
+    assert type(loss.L_GenGauss) is GenGaussLoss
+
+
+def test_unsupported_options_are_refused():
+    with pytest.raises(ValueError, match="TempCombLoss: reduction must be one of 'mean', 'sum', got 'none'"):
+        TempCombLoss(reduction="none")
+    with pytest.raises(ValueError, match="inp_dim and out_dim must be equal, got 8 and 4"):
+        BayesCap_MLP(8, 4, num_layers=3)
+    with pytest.raises(ValueError, match="num_layers must be 3, got 1"):
+        BayesCap_MLP(8, 8)
+
+
+def shapes_of(prefix, dim, hidden):
+    widths = {"mod.0": (hidden, dim), "mod.2": (hidden, hidden), "mod.5": (dim, hidden)}
+    for layer in LAYERS:
+        weight = widths.get(layer, (dim, dim))
+        yield f"{prefix}.{layer}.weight", weight
+        yield f"{prefix}.{layer}.bias", weight[:1]
+
+
+def released_checkpoint(dim, hidden):
+    shapes = [*shapes_of("img_BayesCap", dim, hidden), *shapes_of("txt_BayesCap", dim, hidden)]
+    return {name: torch.randn(shape) * 0.5 for name, shape in shapes}
+
+
+def released_forward(state, prefix, x, mask=1.0):
+    """The released adapter by its weights; `mask` multiplies the last hidden layer."""
+
+    def linear(layer, rows):
+        return rows @ state[f"{prefix}.{layer}.weight"].T + state[f"{prefix}.{layer}.bias"]
+
+    hidden = linear("mod.2", linear("mod.0", x).relu()).relu() * mask
+    features = linear("mod.5", hidden) + x
+    mu, alpha, beta = (linear(f"block_{h}.2", linear(f"block_{h}.0", features).relu()) for h in ("mu", "alpha", "beta"))
+    return mu, alpha.relu(), beta.relu()
+
+
+def test_released_checkpoints_load_and_give_the_released_outputs(tmp_path):
+    torch.save(released_checkpoint(12, 7), tmp_path / "released.pth")
+    state = torch.load(tmp_path / "released.pth", weights_only=True)
+    net = BayesCap_for_CLIP(12, 12, hid_dim=7).eval()
+    net.load_state_dict(state)
+    image, text = torch.randn(2, 5, 12)
+    outputs = net(image, text)
+    torch.testing.assert_close(outputs[0], released_forward(state, "img_BayesCap", image))
+    torch.testing.assert_close(outputs[1], released_forward(state, "txt_BayesCap", text))
+    torch.save(net.state_dict(), tmp_path / "ours.pth")
+    ours = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert list(ours) == list(state)
+    for name, tensor in state.items():
+        assert torch.equal(ours[name], tensor)
+
+
+def test_default_widths_and_dropout_are_the_released_ones():
+    net = BayesCap_for_CLIP()
+    expected = dict([*shapes_of("img_BayesCap", 512, 256), *shapes_of("txt_BayesCap", 512, 256)])
+    assert {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()} == expected
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.1, 0.1]
+    for name, bias in net.named_parameters():
+        if name.endswith("bias"):  # PyTorch's own start, not ours at 1
+            assert bias.abs().max() <= net.get_parameter(name.replace("bias", "weight")).shape[1] ** -0.5
+
+
+@pytest.mark.parametrize(
+    ("inv_alpha", "beta", "a", "b"),
+    [(0.0, 0.0, 5.0, 0.1), (2.0, 1.5, 1 / 2.00001, 1.6), (1e6, 80.0, 1e-4, 5.0), (0.21, 4.95, 1 / 0.21001, 5.0)],
+)
+def test_released_aleatoric_uncertainty(inv_alpha, beta, a, b):
+    inv_alpha, beta = torch.tensor([inv_alpha, beta], dtype=torch.float64)
+    expected = a**2 * math.gamma(3 / b) / math.gamma(2.8 / b)
+    assert get_GGuncer(inv_alpha, beta).item() == pytest.approx(expected, rel=1e-9)
+    assert get_GGuncer(inv_alpha, beta, c1=1, c2=2) == get_GGuncer(inv_alpha, beta)
+    assert get_GGuncer(inv_alpha.float(), beta.float()).isfinite()
+
+
+def test_monte_carlo_passes_are_the_released_ones():
+    state = released_checkpoint(6, 9)
+    net = BayesCap_for_CLIP(6, 6, hid_dim=9)
+    net.load_state_dict(state)
+    image, text = torch.randn(2, 4, 6)
+    torch.manual_seed(7)
+    actual = multi_fwpass_ProbVLM(net, image, text, n_fw=11)
+
+    torch.manual_seed(7)
+    passes = {"img_BayesCap": [], "txt_BayesCap": []}
+    for _ in range(11):
+        for prefix, x in (("img_BayesCap", image), ("txt_BayesCap", text)):
+            mask = nn.functional.dropout(torch.ones(4, 9), 0.3)
+            passes[prefix].append(released_forward(state, prefix, x, mask))
+    for got, rows in zip(actual, passes.values()):
+        mu, inv_alpha, beta = (torch.stack(part) for part in zip(*rows))
+        every_u = torch.cat([get_GGuncer(a, b) for a, b in zip(inv_alpha, beta)])  # [n_fw * B, D]
+        spread = (every_u.var(0) * mu.var(0)).sqrt()
+        torch.testing.assert_close(got, (mu.mean(0), inv_alpha.mean(0), beta.mean(0), spread))
+        assert (spread > 0).any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_monte_carlo_passes_leave_the_module_alone(training):
+    net = BayesCap_for_CLIP(6, 6, hid_dim=9).train(training)
+    net.txt_BayesCap.mod[4].eval()
+    before = copy.deepcopy(net)
+    image, text = torch.randn(2, 4, 6)
+    (mu, *_), _ = multi_fwpass_ProbVLM(net, image, text, n_fw=3)
+    assert [(m.training, getattr(m, "p", None)) for m in net.modules()] == [
+        (m.training, getattr(m, "p", None)) for m in before.modules()
+    ]
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(net.state_dict()[name], tensor)
+    mu.sum().backward()  # the weights are the module's own
+    assert net.img_BayesCap.mod[0].weight.grad.abs().sum() > 0
