@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/fastprob demo --out demo-out
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
