@@ -146,6 +146,18 @@ FASTPROB_INLINE float log_positive(float x) {
 }
 FASTPROB_INLINE double log_positive(double x) { return std::log(x); }
 
+// log x - 1, rounded once: Stirling's series multiplies its error by x.
+template <typename T>
+FASTPROB_INLINE T log_less_one(T x) {
+  return log_positive(x) - 1;
+}
+FASTPROB_INLINE float log_less_one(float x) {
+  constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-6f;  // exponent * ln2_high - 1 is exact
+  const Split s = split(x);
+  const float rest = std::fma(log2_polynomial(s.mantissa), static_cast<float>(kLn2), s.exponent * ln2_low);
+  return std::fma(s.exponent, ln2_high, -1.f) + rest;
+}
+
 // What log x adds to finite nonsense where x is 0, infinite or NaN.
 FASTPROB_INLINE float log_limit(float x) {
   return select(x < kTiny<float>, -kInf<float>, select(x < kInf<float>, 0.f, x));
@@ -241,10 +253,11 @@ template <typename T>
 FASTPROB_INLINE Gamma<T> short_series(T y) {
   using std::fma;
   const T x = y + 3, p = (1 + y) * (2 + y);
-  const T log_x = log_positive(x), reciprocal = quotient(T(1), x * p), r = reciprocal * p, r2 = r * r;
-  const T stirling =
-      fma(x - 0.5f, log_x, T(kHalfLog2Pi) - x) + r * polynomial(r2, T(1.f / 12), -1.f / 360, 1.f / 1260, -1.f / 1680);
-  const T digamma = log_x - 0.5f * r - r2 * polynomial(r2, T(1.f / 12), -1.f / 120, 1.f / 252, -1.f / 240, 1.f / 132) -
+  const T log_x_1 = log_less_one(x), reciprocal = quotient(T(1), x * p), r = reciprocal * p, r2 = r * r;
+  const T stirling = fma(x - 0.5f, log_x_1, T(kHalfLog2Pi - 0.5)) +
+                     r * polynomial(r2, T(1.f / 12), -1.f / 360, 1.f / 1260, -1.f / 1680);
+  const T digamma = log_x_1 + (1 - 0.5f * r) -
+                    r2 * polynomial(r2, T(1.f / 12), -1.f / 120, 1.f / 252, -1.f / 240, 1.f / 132) -
                     (2 * y + 3) * (reciprocal * x);
   return {stirling, p, digamma};
 }

@@ -36,3 +36,28 @@ def best_loss(image, text, image_target, text_target, cross_weight=1.0) -> Tenso
         t_cross = ((mu - other).abs() * a).pow(b).clamp(1e-4, 1e3)
         loss = loss + (t_own + cross_weight * t_cross + (1 + cross_weight) * (torch.lgamma(1 + 1 / b) - a.log())).mean()
     return loss
+
+
+def best_term(mu: Tensor, inv_alpha: Tensor, beta: Tensor, target: Tensor) -> Tensor:
+    """One term of `best_loss`."""
+    a, b = inv_alpha + 1e-4, beta + 1e-4
+    return (((mu - target).abs() * a).pow(b).clamp(1e-4, 1e3) + torch.lgamma(1 + 1 / b) - a.log()).mean()
+
+
+def best_variance(inv_alpha: Tensor, beta: Tensor) -> Tensor:
+    """The variance without forming either Gamma."""
+    return (torch.lgamma(3 / beta) - torch.lgamma(1 / beta)).exp() / inv_alpha.square()
+
+
+# Operator -> name of a baseline -> the operator's tensors to its result, in the paper's form.
+BASELINES = {
+    "probvlm_loss": {
+        "eager as released": lambda *t: released_loss(t[:3], t[3:6], *t[6:], power=True),
+        "eager best": lambda *t: best_loss(t[:3], t[3:6], *t[6:]),
+    },
+    "ggd_nll": {
+        "eager as released": lambda *t: released_term(*t, power=True),
+        "eager best": best_term,
+    },
+    "ggd_variance": {"eager best": best_variance},
+}

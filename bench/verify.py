@@ -1,0 +1,81 @@
+"""Red results are not timed: kernels within the tests' error budget, baselines that compute what the reference does."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+
+import fastprob
+from fastprob import _backends
+from fastprob._op import OPS
+from fastprob.demo.eager import BASELINES
+
+_spec = importlib.util.spec_from_file_location(
+    "tests_conftest", pathlib.Path(__file__).parent.parent / "tests" / "conftest.py"
+)
+tests_conftest = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tests_conftest)
+
+
+def all_backends(name: str, device: str) -> list[str]:
+    """The backends that serve an operator with kernels of their own."""
+    candidates = ("cpu",) if device == "cpu" else ("triton", "cuda")
+    return [b for b in candidates if _backends._chosen(name, device.upper(), b) == b]
+
+
+def value_and_grads(function, tensors) -> list[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+    value = function(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, [t for t in leaves if t.requires_grad], torch.ones_like(value))]
+
+
+def check(name: str, tensors) -> None:
+    """Raises AssertionError unless every backend is within the tests' error budget, the reference being the truth."""
+    op, function = OPS[name], getattr(fastprob, name)
+    with fastprob.backend("reference"):
+        truth = value_and_grads(function, [t.double() for t in tensors])
+        reference = value_and_grads(function, tensors)
+    outputs = ["value", *(f"gradient of {n}" for n, t in zip(op.tensors, tensors) if t.requires_grad)]
+    exempt = tests_conftest.overflows(truth[0], tensors[0].dtype)
+    for backend in all_backends(name, tensors[0].device.type):
+        with fastprob.backend(backend):
+            actual = value_and_grads(function, tensors)
+        for what, a, r, t in zip(outputs, actual, reference, truth):
+            tests_conftest.assert_within_budget(a, r, t, f"{name} by {backend}, {what}", exempt)
+
+
+@functools.cache
+def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
+    """What is wrong on the operator's samples with default options, or that a baseline computes something else."""
+    op = OPS[name]
+    try:
+        for tensors, options in op.samples(tests_conftest.maker(dtype, device)):
+            if op.options | options == op.options:
+                check(name, [t.requires_grad_() for t in tensors])
+        *_, (tensors, _) = op.samples(tests_conftest.maker())
+        tensors = [t.requires_grad_() for t in tensors]
+        truth = value_and_grads(op.reference, tensors)
+        for baseline, function in BASELINES.get(name, {}).items():
+            for actual, expected in zip(value_and_grads(function, tensors), truth):
+                torch.testing.assert_close(
+                    actual, expected, rtol=1e-9, atol=1e-12, msg=f"{baseline} differs from the reference"
+                )
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def require_within_budget(name: str, tensors) -> None:
+    """Fails the test unless the operator passes on its samples and on these very inputs."""
+    problem = check_samples(name, tensors[0].dtype, tensors[0].device.type)
+    try:
+        if problem is None:
+            check(name, tensors)
+    except AssertionError as error:
+        problem = str(error)
+    if problem:
+        pytest.fail(f"{name} is not timed, its results are red: {problem}", pytrace=False)
