@@ -5,6 +5,9 @@ PYTHON := $(VENV)/bin/python
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
+# Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
+export OMP_WAIT_POLICY := passive
+
 .PHONY: demo test lint fmt bench gpu asan wheel clean
 
 demo: $(INSTALLED)

@@ -19,7 +19,6 @@ using torch::stable::accelerator::DeviceGuard;
 
 // Small blocks: some load while others compute, which hides the latency of both.
 constexpr int kThreads = 128;
-constexpr int kBlocksPerSM = 4;        // leaves 128 registers to a thread
 constexpr int64_t kMaxBlocks = 16384;  // many waves on the largest GPU, and as many partial sums as one block adds fast
 constexpr int kFinishThreads = 512;
 

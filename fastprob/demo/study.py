@@ -42,7 +42,7 @@ class Row:
         return [statistics.mean(level) for level in zip(*(r.evaluation.text_to_image.recall for r in self.reports))]
 
 
-def cross_weight_study(train, test, epochs: int = 40, heads: Iterable[tuple[str, str]] = ()) -> list[Row]:
+def cross_weight_study(train, test, epochs: int = 30, heads: Iterable[tuple[str, str]] = ()) -> list[Row]:
     """An adapter per head, weight and seed on `train`, evaluated on `test`. heads: (positive, form) pairs."""
     settings = [(positive, form, weight) for positive, form in heads for weight in CROSS_WEIGHTS]
     rows = []
