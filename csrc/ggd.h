@@ -214,14 +214,14 @@ FASTPROB_INLINE Power<float> clamped_power(float u, float b, float lo, float hi,
   return {t, (s.exponent + log2_m) * static_cast<float>(kLn2), select(below | above, 0.f, 1.f)};
 #else
   const float exponent = select(u < kTiny<float>, -kInf<float>, select(u < kInf<float>, s.exponent, u));
-  const float log2_m = log2_polynomial(s.mantissa), v = b * exponent + b * log2_m;
+  const float log2_m = log2_polynomial(s.mantissa), log2_u = exponent + log2_m, v = b * log2_u;
   const bool below = v<log2_lo, above = v> log2_hi, moves = !(below | above);
   const float cut = select(below, log2_lo, select(above, log2_hi, v));
   const Exponent e = nearest(cut);
   // b e - n is exact to one rounding, however large its parts.
   const float exact = std::fma(b, log2_m, std::fma(b, exponent, -e.n));
   const float t = exp2_polynomial(select(moves, exact, cut - e.n)) * e.scale;
-  return {t, (exponent + log2_m) * static_cast<float>(kLn2), select(moves, 1.f, 0.f)};
+  return {t, log2_u * static_cast<float>(kLn2), select(moves, 1.f, 0.f)};
 #endif
 }
 

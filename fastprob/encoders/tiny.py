@@ -208,12 +208,23 @@ def _batches(grid: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _rivals(grid: Tensor, run: int) -> Iterator[Tensor]:
-    """Without end: `run` scenes that hold the same digits (but for a few runs at the seams), in random order."""
+    """Without end: `run` scenes that hold the same digits, by turns in any and in the same cells (then two or
+    more digits differ in their order alone); but for a few runs at the seams, and in random order."""
     counts = torch.stack([(grid == digit).sum(dim=1) for digit in range(10)], dim=1)  # [N, 10]
     digits = (counts * 4 ** torch.arange(10)).sum(dim=1)  # [N], one number for each multiset
+    cells = ((grid != EMPTY) * 2 ** torch.arange(4)).sum(dim=1)  # [N]
+    cells[counts.sum(dim=1) == 1] = 0  # a single digit's cell is what its caption tells
+    anywhere, same_cells = _runs(digits, run), _runs(digits * 16 + cells, run)
     while True:
-        order = torch.randperm(len(grid))
-        order = order[digits[order].argsort(stable=True)]
+        yield next(anywhere)
+        yield next(same_cells)
+
+
+def _runs(key: Tensor, run: int) -> Iterator[Tensor]:
+    """Without end: `run` indices [run] of equal `key` [N]."""
+    while True:
+        order = torch.randperm(len(key))
+        order = order[key[order].argsort(stable=True)]
         runs = order[: len(order) // run * run].view(-1, run)  # [R, run]
         yield from runs[torch.randperm(len(runs))]
 
