@@ -146,16 +146,21 @@ FASTPROB_INLINE float log_positive(float x) {
 }
 FASTPROB_INLINE double log_positive(double x) { return std::log(x); }
 
-// log x - 1, rounded once: Stirling's series multiplies its error by x.
+// log x as the sum of a coarse part, from which 1 is subtracted exactly, and a fine one: Stirling's series multiplies
+// its error by x.
 template <typename T>
-FASTPROB_INLINE T log_less_one(T x) {
-  return log_positive(x) - 1;
+struct LogParts {
+  T high, low;
+};
+
+template <typename T>
+FASTPROB_INLINE LogParts<T> log_parts(T x) {
+  return {log_positive(x), T(0)};
 }
-FASTPROB_INLINE float log_less_one(float x) {
-  constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-6f;  // exponent * ln2_high - 1 is exact
+FASTPROB_INLINE LogParts<float> log_parts(float x) {
+  constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-6f;  // exponent * ln2_high is exact
   const Split s = split(x);
-  const float rest = std::fma(log2_polynomial(s.mantissa), static_cast<float>(kLn2), s.exponent * ln2_low);
-  return std::fma(s.exponent, ln2_high, -1.f) + rest;
+  return {s.exponent * ln2_high, std::fma(log2_polynomial(s.mantissa), static_cast<float>(kLn2), s.exponent * ln2_low)};
 }
 
 // What log x adds to finite nonsense where x is 0, infinite or NaN.
@@ -253,13 +258,13 @@ template <typename T>
 FASTPROB_INLINE Gamma<T> short_series(T y) {
   using std::fma;
   const T x = y + 3, p = (1 + y) * (2 + y);
-  const T log_x_1 = log_less_one(x), reciprocal = quotient(T(1), x * p), r = reciprocal * p, r2 = r * r;
-  const T stirling = fma(x - 0.5f, log_x_1, T(kHalfLog2Pi - 0.5)) +
+  const LogParts<T> log_x = log_parts(x);
+  const T reciprocal = quotient(T(1), x * p), r = reciprocal * p, r2 = r * r;
+  const T stirling = fma(x - 0.5f, (log_x.high - 1) + log_x.low, T(kHalfLog2Pi - 0.5)) +
                      r * polynomial(r2, T(1.f / 12), -1.f / 360, 1.f / 1260, -1.f / 1680);
-  const T digamma = log_x_1 + (1 - 0.5f * r) -
-                    r2 * polynomial(r2, T(1.f / 12), -1.f / 120, 1.f / 252, -1.f / 240, 1.f / 132) -
-                    (2 * y + 3) * (reciprocal * x);
-  return {stirling, p, digamma};
+  const T rest = 0.5f * r + r2 * polynomial(r2, T(1.f / 12), -1.f / 120, 1.f / 252, -1.f / 240, 1.f / 132) +
+                 (2 * y + 3) * (reciprocal * x);
+  return {stirling, p, log_x.high + (log_x.low - rest)};
 }
 
 FASTPROB_INLINE Gamma<float> gamma1p(float y) { return short_series(y); }

@@ -102,15 +102,14 @@ def log2_mantissa(m):
 
 
 @triton.jit
-def log_minus_1(x, FAST: tl.constexpr):
-    """log x - 1 for positive normal float32 x, without first rounding log x."""
+def log_parts(x, FAST: tl.constexpr):
+    """log x for positive normal float32 x as a coarse part, from which 1 is subtracted exactly, and a fine one."""
     if FAST:
-        result = log2_approximate(x) * LN2 - 1
+        high, low = log2_approximate(x) * LN2, x * 0
     else:
         exponent, mantissa = split_normal(x)
-        # log 2 in two parts, the first with so few bits that the first product is exact
-        result = (exponent * 0.693359375 - 1) + (log2_mantissa(mantissa) * LN2 - exponent * 2.12194440e-4)
-    return result
+        high, low = exponent * 0.693359375, log2_mantissa(mantissa) * LN2 - exponent * 2.12194440e-4
+    return high, low
 
 
 @triton.jit
@@ -214,13 +213,13 @@ def gamma1p(y, FAST: tl.constexpr):
     else:
         x = y + 3
         p = (1 + y) * (2 + y)
-        log_x_1 = log_minus_1(x, FAST)
+        high, low = log_parts(x, FAST)
         r = reciprocal(x)
         q = r * r
         s = r * (1 / 12 + q * (-1 / 360 + q * (1 / 1260 + q * (-1 / 1680))))
-        s += (x - 0.5) * log_x_1 + (HALF_LOG_2PI - 0.5)
+        s += (x - 0.5) * ((high - 1) + low) + (HALF_LOG_2PI - 0.5)
         d = q * (1 / 12 + q * (-1 / 120 + q * (1 / 252 + q * (-1 / 240 + q * (1 / 132)))))
-        digamma = (log_x_1 + (1 - 0.5 * r)) - d - (reciprocal(1 + y) + reciprocal(2 + y))
+        digamma = high + (low - (0.5 * r + d + (reciprocal(1 + y) + reciprocal(2 + y))))
     return s, p, digamma
 
 

@@ -188,7 +188,7 @@ def grad_for(op, tensors, options, make):
 
 
 def check_budget(op, tensors, options, grad, epsilon, factor=2):
-    """Errors against float64 at most twice the reference's own and epsilon; dtypes and layouts as promised."""
+    """Errors against float64 at most `factor` times the reference's own and epsilon; dtypes and layouts as promised."""
     for name, x, same, truth in raw_results(op, tensors, options, grad):
         assert x.shape == same.shape and x.dtype == tensors[0].dtype and x.is_contiguous(), name
         budget = factor * error(same, truth) + epsilon
@@ -242,7 +242,7 @@ class TestValues:
     def test_extreme_parameters(self, dtype, form, make, few_programs):
         """inv_alpha 1e-6 to 1e6, beta 1e-4 to 1e4, as far as the dtype holds them.
 
-        Three times the reference's error: one element in thousands, that happens to cancel, decides here.
+        Three times the reference's error where one element decides whose large terms cancel (-321 from 74,000).
         """
         n = 20000
 
@@ -258,7 +258,7 @@ class TestValues:
         grad = torch.ones((), dtype=dtype, device=self.device)
         nll = (*tensors[:3], tensors[6])
         check_budget(_op.OPS["ggd_nll"], nll, {"form": form, "reduction": "none"}, grad.expand(n), epsilon, 3)
-        check_budget(_op.OPS["probvlm_loss"], tensors, {"form": form}, grad * n / 2, epsilon, 3)
+        check_budget(_op.OPS["probvlm_loss"], tensors, {"form": form}, grad * n / 2, epsilon)
         check_budget(_op.OPS["ggd_variance"], tensors[1:3], {}, grad.expand(n), epsilon, 3)
 
     def test_power_of_exact_arguments(self, make, few_programs):

@@ -11,72 +11,79 @@ struct Weights {
 
 enum class Gradients { none, adapters, all };
 
-// Order of inputs and gradients: image mu, inv_alpha, beta; text mu, inv_alpha, beta; image, text.
+// An adapter: its mu, inv_alpha and beta, its own embedding and the other modality's; or the gradients of these.
 template <typename T>
-using In = std::array<const T*, 8>;
-template <typename T>
-using Out = std::array<T*, 8>;
+using Adapter = std::array<T*, 5>;
 
+// Its two likelihoods. A loop over both adapters would save a logarithm and lose more to spilled registers.
 template <bool paper, Gradients gradients, typename T>
-double likelihoods(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, const Bounds<T>& bounds, T scale) {
-  const auto [mu_i, ia_i, b_i, mu_t, ia_t, b_t, z_i, z_t] = in;
-  const auto [g_mu_i, g_ia_i, g_b_i, g_mu_t, g_ia_t, g_b_t, g_z_i, g_z_t] = out;
+double likelihoods(Adapter<const T> in, Adapter<T> out, int64_t n, Weights<T> w, const Bounds<T>& bounds, T scale) {
+  const auto [mu, inv_alpha, beta, own_z, cross_z] = in;
+  const auto [g_mu, g_inv_alpha, g_beta, g_own_z, g_cross_z] = out;
   const Bounds<T> limits = bounds;
   const T own = scale * w.own, cross = scale * w.cross, both = own + cross;
   T norms = 0, owns = 0, crosses = 0;
 #pragma omp simd reduction(+ : norms, owns, crosses)
   for (int64_t k = 0; k < n; ++k) {
-    const Shape<T> image = shape_of(ia_i[k], b_i[k], limits.eps), text = shape_of(ia_t[k], b_t[k], limits.eps);
-    const auto ii = residual<paper>(mu_i[k] - z_i[k], image.a, image.b, image.inv_a, limits);
-    const auto it = residual<paper>(mu_i[k] - z_t[k], image.a, image.b, image.inv_a, limits);
-    const auto tt = residual<paper>(mu_t[k] - z_t[k], text.a, text.b, text.inv_a, limits);
-    const auto ti = residual<paper>(mu_t[k] - z_i[k], text.a, text.b, text.inv_a, limits);
-    norms += image.stirling + text.stirling - log_product(image.a * image.p, text.a * text.p);
-    owns += ii.t + tt.t;
-    crosses += it.t + ti.t;
+    const Shape<T> shape = shape_of(inv_alpha[k], beta[k], limits.eps);
+    const auto o = residual<paper>(mu[k] - own_z[k], shape.a, shape.b, shape.inv_a, limits);
+    const auto c = residual<paper>(mu[k] - cross_z[k], shape.a, shape.b, shape.inv_a, limits);
+    norms += shape.stirling - log_product(shape.a * shape.p, T(1));
+    owns += o.t;
+    crosses += c.t;
     if constexpr (gradients != Gradients::none) {
-      g_mu_i[k] = own * ii.d + cross * it.d;
-      g_mu_t[k] = own * tt.d + cross * ti.d;
-      g_ia_i[k] = own * ii.a + cross * it.a - both * image.inv_a;
-      g_ia_t[k] = own * tt.a + cross * ti.a - both * text.inv_a;
-      g_b_i[k] = own * ii.b + cross * it.b + both * image.beta_gradient;
-      g_b_t[k] = own * tt.b + cross * ti.b + both * text.beta_gradient;
-      if constexpr (gradients == Gradients::all) {
-        g_z_i[k] = -(own * ii.d + cross * ti.d);
-        g_z_t[k] = -(own * tt.d + cross * it.d);
-      }
+      g_mu[k] = own * o.d + cross * c.d;
+      g_inv_alpha[k] = own * o.a + cross * c.a - both * shape.inv_a;
+      g_beta[k] = own * o.b + cross * c.b + both * shape.beta_gradient;
+    }
+    if constexpr (gradients == Gradients::all) {
+      g_own_z[k] -= own * o.d;
+      g_cross_z[k] -= cross * c.d;
     }
   }
   return (w.own + w.cross) * double(norms) + w.own * double(owns) + w.cross * double(crosses);
 }
 
-// The l1 terms: their sum, and their gradients added to those of the likelihoods.
+// Its two l1 terms: their sum, and their gradients added to those of the likelihoods.
 template <Gradients gradients, typename T>
-double distances(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, T scale) {
-  const auto [mu_i, ia_i, b_i, mu_t, ia_t, b_t, z_i, z_t] = in;
+double distances(Adapter<const T> in, Adapter<T> out, int64_t n, Weights<T> w, T scale) {
+  const auto [mu, inv_alpha, beta, own_z, cross_z] = in;
+  const auto [g_mu, g_inv_alpha, g_beta, g_own_z, g_cross_z] = out;
   const T own = scale * w.own_l1, cross = scale * w.cross_l1;
   double owns = 0, crosses = 0;
 #pragma omp simd reduction(+ : owns, crosses)
   for (int64_t k = 0; k < n; ++k) {
-    const T ii = mu_i[k] - z_i[k], it = mu_i[k] - z_t[k], tt = mu_t[k] - z_t[k], ti = mu_t[k] - z_i[k];
-    owns += double(std::fabs(ii)) + double(std::fabs(tt));
-    crosses += double(std::fabs(it)) + double(std::fabs(ti));
-    if constexpr (gradients != Gradients::none) {
-      out[0][k] += own * sign(ii) + cross * sign(it);
-      out[3][k] += own * sign(tt) + cross * sign(ti);
-    }
+    const T o = mu[k] - own_z[k], c = mu[k] - cross_z[k];
+    owns += double(std::fabs(o));
+    crosses += double(std::fabs(c));
+    if constexpr (gradients != Gradients::none) g_mu[k] += own * sign(o) + cross * sign(c);
     if constexpr (gradients == Gradients::all) {
-      out[6][k] -= own * sign(ii) + cross * sign(ti);
-      out[7][k] -= own * sign(tt) + cross * sign(it);
+      g_own_z[k] -= own * sign(o);
+      g_cross_z[k] -= cross * sign(c);
     }
   }
   return w.own_l1 * owns + w.cross_l1 * crosses;
 }
 
+// Order of inputs and gradients: image mu, inv_alpha, beta; text mu, inv_alpha, beta; image, text.
 template <bool paper, Gradients gradients, typename T>
-double block(const In<T>& in, const Out<T>& out, int64_t n, Weights<T> w, const Bounds<T>& bounds, T scale) {
-  const double sum = likelihoods<paper, gradients>(in, out, n, w, bounds, scale);
-  return w.own_l1 == 0 ? sum : sum + distances<gradients>(in, out, n, w, scale);
+double block(
+    const std::array<const T*, 8>& in,
+    const std::array<T*, 8>& out,
+    int64_t n,
+    Weights<T> w,
+    const Bounds<T>& bounds,
+    T scale) {
+  if constexpr (gradients == Gradients::all)
+    for (T* z : {out[6], out[7]}) std::fill_n(z, n, T(0));
+  double sum = 0;
+  auto add = [&](const Adapter<const T>& from, const Adapter<T>& to) {
+    sum += likelihoods<paper, gradients>(from, to, n, w, bounds, scale);
+    if (w.own_l1 != 0) sum += distances<gradients>(from, to, n, w, scale);
+  };
+  add({in[0], in[1], in[2], in[6], in[7]}, {out[0], out[1], out[2], out[6], out[7]});
+  add({in[3], in[4], in[5], in[7], in[6]}, {out[3], out[4], out[5], out[7], out[6]});
+  return sum;
 }
 
 template <Kind kind>
