@@ -18,7 +18,7 @@ from fastprob.uncertainty.calibration import recall_at_k
 from fastprob.uncertainty.figures import training_curves
 from fastprob.uncertainty.report import Report, evaluate_store
 
-HEADS = (("softplus", "paper"), ("relu", "paper"))  # ours, and the released heads
+HEADS = (("softplus", "paper"), ("relu", "paper"), ("relu", "released"))  # ours, the released heads, and their loss
 
 
 def run(out: Path) -> None:

@@ -62,8 +62,8 @@ def load_encoder(
 ) -> Encoder:
     """Load a frozen encoder by open_clip's names.
 
-    model: "tiny", trained on DigitScenes once and then cached (`fastprob.encoders.tiny`); a name of
-    `open_clip.list_models()`; or open_clip's "hf-hub:..." and "local-dir:...". pretrained: one of open_clip's
+    model: "tiny", which ships with its weights (`fastprob.encoders.tiny`); a name of `open_clip.list_models()`; or
+    open_clip's "hf-hub:..." and "local-dir:...". pretrained: one of open_clip's
     tags for the model or a local checkpoint file; None only for those that bring their weights ("tiny" and the
     last two). Raises ValueError for an unknown model or weights that are missing or don't fit.
     """
@@ -103,7 +103,7 @@ def _known_weights(name: str, model: str, pretrained: str | Path | None) -> str 
             raise ValueError(f"load_encoder: pretrained must be None for {model!r}, got {str(pretrained)!r}")
         return None
     if model == "tiny" and pretrained in (None, tiny.TAG):
-        return str(tiny.checkpoint())
+        return str(tiny.WEIGHTS)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained in tags:
         return str(pretrained)
