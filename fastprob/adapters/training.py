@@ -195,7 +195,7 @@ class _Run:
         model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive)
         self.model = model.to(self.device)
         self.steps = math.ceil(train.images / config.batch_size)  # per epoch
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         total = config.epochs * self.steps
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total)
         self.options = {name: getattr(config, name) for name in _LOSS_OPTIONS}

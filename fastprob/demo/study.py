@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from fastprob.adapters import TrainConfig, fit
+from fastprob.data.store import EmbeddingStore
 from fastprob.uncertainty.report import Report, evaluate_store
 
 CROSS_WEIGHTS = (1e-4, 0.1, 1.0)  # the released default first
@@ -42,20 +47,29 @@ class Row:
         return [statistics.mean(level) for level in zip(*(r.evaluation.text_to_image.recall for r in self.reports))]
 
 
-def cross_weight_study(train, test, epochs: int = 30, heads: Iterable[tuple[str, str]] = ()) -> list[Row]:
-    """An adapter per head, weight and seed on `train`, evaluated on `test`. heads: (positive, form) pairs."""
+def cross_weight_study(
+    train: EmbeddingStore, test: EmbeddingStore, epochs: int = 40, heads: Iterable[tuple[str, str]] = ()
+) -> list[Row]:
+    """An adapter per head, weight and seed on `train`, evaluated on `test`. heads: (positive, form) pairs.
+
+    As many at a time as there are threads, each on one: so small a model gains nothing from a second.
+    """
     settings = [(positive, form, weight) for positive, form in heads for weight in CROSS_WEIGHTS]
-    rows = []
-    with tqdm(total=len(settings) * len(SEEDS), desc="calibration by cross weight", unit="run") as bar:
-        for positive, form, weight in settings:
-            reports = []
-            for seed in SEEDS:
-                config = TrainConfig(epochs=epochs, positive=positive, form=form, cross_weight=weight, seed=seed)
-                model = fit(train, config=config, progress=False).model
-                reports.append(evaluate_store(model, test, passes=0, seed=seed))
-                bar.update()
-            rows.append(Row(positive, form, weight, reports))
-    return rows
+    configs = [
+        TrainConfig(epochs=epochs, positive=positive, form=form, cross_weight=weight, seed=seed)
+        for positive, form, weight in settings
+        for seed in SEEDS
+    ]
+    context = multiprocessing.get_context("spawn")  # a forked torch would hang
+    with ProcessPoolExecutor(torch.get_num_threads(), context, torch.set_num_threads, (1,)) as pool:
+        reports = pool.map(partial(_report, train.path, test.path), configs)
+        reports = list(tqdm(reports, "calibration by cross weight", len(configs), unit="run"))
+    return [Row(*setting, reports[i * len(SEEDS) :][: len(SEEDS)]) for i, setting in enumerate(settings)]
+
+
+def _report(train: Path, test: Path, config: TrainConfig) -> Report:
+    model = fit(EmbeddingStore(train), config=config, progress=False).model
+    return evaluate_store(model, EmbeddingStore(test), passes=0, seed=config.seed)
 
 
 def table(rows: list[Row]) -> str:
