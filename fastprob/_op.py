@@ -39,6 +39,7 @@ class Op:
     check: Callable[..., None]
     samples: Callable[..., Iterator[tuple[tuple, dict]]]
     is_scalar: Callable[..., bool] | None
+    elementwise: bool
 
     @functools.cached_property
     def tensors(self) -> list[str]:
@@ -60,19 +61,23 @@ class Op:
     def _value(self, *tensors: Tensor, **options) -> Tensor:
         return self.reference(*tensors, **options).contiguous()
 
-    def _backward(self, grad: Tensor, *tensors: Tensor, needs: int, **options) -> tuple[Tensor, ...]:
+    def _backward(self, grad: Tensor, *tensors: Tensor, needs: int, **options) -> Tensor | tuple[Tensor, ...]:
+        grads = self._gradients(grad, tensors, needs, options)
+        return grads if len(grads) > 1 else grads[0]  # as torch returns them
+
+    def _value_and_grad(self, *tensors: Tensor, needs: int, **options) -> tuple[Tensor, ...]:
+        one = tensors[0].new_ones(())
+        return self._value(*tensors, **options), *self._gradients(one, tensors, needs, options)
+
+    def _gradients(self, grad: Tensor, tensors: tuple[Tensor, ...], needs: int, options: dict) -> tuple[Tensor, ...]:
         grads = self.gradient(grad, *tensors, **{**self.options, **options})  # torch drops defaults
         return tuple(
             g.to(t.dtype).contiguous() if needs >> i & 1 else t.new_empty(0)
             for i, (g, t) in enumerate(zip(grads, tensors, strict=True))
         )
 
-    def _value_and_grad(self, *tensors: Tensor, needs: int, **options) -> tuple[Tensor, ...]:
-        one = tensors[0].new_ones(())
-        return self._value(*tensors, **options), *self._backward(one, *tensors, needs=needs, **options)
 
-
-def operator(*, gradient, check, samples, is_scalar=None):
+def operator(*, gradient, check, samples, is_scalar=None, elementwise=True):
     """Registers the decorated reference as `torch.ops.fastprob.<name>` and returns the function that users call.
 
     Args:
@@ -80,10 +85,12 @@ def operator(*, gradient, check, samples, is_scalar=None):
         check: `check(**arguments)` raises ValueError; dtype, device and broadcasting are checked for every operator.
         samples: `samples(make)` yields `(tensors, options)`; `make(*shape, low, high)` draws a tensor.
         is_scalar: `is_scalar(**options)`, where true the forward pass computes the gradients too.
+        elementwise: broadcast the tensors to one shape; otherwise `check` says which shapes go together.
     """
 
     def register(reference):
-        op = Op(reference.__name__, inspect.signature(reference), reference, gradient, check, samples, is_scalar)
+        signature = inspect.signature(reference)
+        op = Op(reference.__name__, signature, reference, gradient, check, samples, is_scalar, elementwise)
         _define(op)
         OPS[op.name] = op
         apply, value = _autograd_function(op).apply, getattr(torch.ops.fastprob, op.name).default
@@ -146,7 +153,7 @@ def one_of(op: str, name: str, value: object, choices: tuple) -> None:
 
 
 def _check_tensors(op: Op, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors on one device, of one dtype (float32 under autocast) and broadcast to one shape."""
+    """The tensors on one device, of one dtype (float32 under autocast) and, if elementwise, of one shape."""
     for name, t in zip(op.tensors, tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op.name}: {name} must be a tensor, got {type(t).__name__}")
@@ -162,7 +169,7 @@ def _check_tensors(op: Op, tensors: list[Tensor]) -> list[Tensor]:
                 f"{op.name}: {name} must be {first.dtype} on {first.device} as {op.tensors[0]} is,"
                 f" got {t.dtype} on {t.device}"
             )
-    if all(t.shape == first.shape for t in tensors):
+    if not op.elementwise or all(t.shape == first.shape for t in tensors):
         return tensors
     for axis in range(-max(t.dim() for t in tensors), 0):
         if len({t.shape[axis] for t in tensors if t.dim() >= -axis} - {1}) > 1:
@@ -174,12 +181,16 @@ def _check_tensors(op: Op, tensors: list[Tensor]) -> list[Tensor]:
 def _autograd_function(op: Op) -> type[torch.autograd.Function]:
     """The differentiable operator: kernels forward and backward, the reference for higher derivatives."""
     overloads = {name: getattr(torch.ops.fastprob, name).default for name in op.raw}
-    value, backward_ = overloads[op.name], overloads[f"_{op.name}_backward"]
-    value_and_grad = overloads.get(f"_{op.name}_value_and_grad")
+    value, value_and_grad = overloads[op.name], overloads.get(f"_{op.name}_value_and_grad")
+    gradients = overloads[f"_{op.name}_backward"]
     count, names = len(op.tensors), list(op.options)
 
     def split(args):
         return args[:count], dict(zip(names, args[count:]))
+
+    def backward_(*tensors, **options):
+        grads = gradients(*tensors, **options)
+        return (grads,) if isinstance(grads, Tensor) else grads
 
     class Gradient(torch.autograd.Function):
         generate_vmap_rule = True

@@ -105,7 +105,7 @@ def log2_mantissa(m):
 def log_parts(x, FAST: tl.constexpr):
     """log x for positive normal float32 x as a coarse part, from which 1 is subtracted exactly, and a fine one."""
     if FAST:
-        high, low = log2_approximate(x) * LN2, x * 0
+        high, low = log2_approximate(x) * LN2, tl.full(x.shape, -0.0, x.dtype)  # adding it costs nothing
     else:
         exponent, mantissa = split_normal(x)
         high, low = exponent * 0.693359375, log2_mantissa(mantissa) * LN2 - exponent * 2.12194440e-4

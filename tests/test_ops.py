@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from fastprob._op import OPS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLES = [(op, i) for op in OPS.values() for i, _ in enumerate(op.samples(maker()))]
+ELEMENTWISE = [op for op in OPS.values() if op.elementwise]
 
 
 def name_of(value):
@@ -75,7 +77,7 @@ def extreme_inputs(op, count=20_000):
             yield values[torch.randint(len(values), (count,))]
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=name_of)
+@pytest.mark.parametrize("op", ELEMENTWISE, ids=name_of)
 def test_extreme_parameters_and_ties(op):
     for _, options in small_samples(op):
         tensors = list(extreme_inputs(op))
@@ -123,6 +125,7 @@ def test_opcheck(op, dtype):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_compile_fullgraph(op, dynamic):
+    torch._dynamo.reset()  # it counts compilations of `step` together
     tensors, options = next(small_samples(op))
 
     def step(*tensors):
@@ -169,12 +172,12 @@ def test_func_grad_and_vmap(op):
         expected = value_and_grads(op, tensors, options)
         grads = torch.func.grad(lambda *t: call(op, t, options).sum(), argnums=everything)
         torch.testing.assert_close(list(grads(*tensors)), expected[1:])
-        for row, *by_row in zip(range(3), *torch.func.vmap(grads)(*tensors)):
-            torch.testing.assert_close(by_row, value_and_grads(op, [t[row] for t in tensors], options)[1:])
-        values = torch.func.vmap(lambda *t: call(op, t, options), in_dims=(None, *[0] * (len(tensors) - 1)))
-        one_row = [tensors[0][0], *tensors[1:]]
-        expected = [call(op, [one_row[0], *[t[row] for t in tensors[1:]]], options) for row in range(3)]
-        torch.testing.assert_close(values(*one_row), torch.stack(expected))
+        batched = [torch.stack([t, t.flip(0), t / 2]) for t in tensors]
+        for row, *by_row in zip(range(3), *torch.func.vmap(grads)(*batched)):
+            torch.testing.assert_close(by_row, value_and_grads(op, [t[row] for t in batched], options)[1:])
+        values = torch.func.vmap(lambda *t: call(op, t, options), in_dims=(*[None] * (len(tensors) - 1), 0))
+        expected = [call(op, [*tensors[:-1], t], options) for t in batched[-1]]
+        torch.testing.assert_close(values(*tensors[:-1], batched[-1]), torch.stack(expected))
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
@@ -207,7 +210,7 @@ def test_any_memory_layout(op, layout):
         torch.testing.assert_close(list(grads), expected[1:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=name_of)
+@pytest.mark.parametrize("op", ELEMENTWISE, ids=name_of)
 def test_broadcast_inputs_get_summed_gradients(op):
     for tensors, options in small_samples(op):
         row = tensors[1][0].clone()
@@ -243,8 +246,11 @@ def test_backward_again_and_accumulated(op):
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_same_bits_again_and_on_any_number_of_threads(op):
     threads = torch.get_num_threads()
-    for _, options in small_samples(op):
-        tensors = [t.float() for t in extreme_inputs(op, count=50_001)]
+    for tensors, options in small_samples(op):
+        if op.elementwise:
+            tensors = [t.float() for t in extreme_inputs(op, count=50_001)]
+        else:
+            tensors = [torch.randn(301, t.shape[1]) for t in tensors]
         runs = []
         try:
             for n in (1, 2, 2):
@@ -258,7 +264,7 @@ def test_same_bits_again_and_on_any_number_of_threads(op):
 
 
 BAD_INPUT = {
-    "shape": (lambda t: t[..., :2], "broadcast"),
+    "shape": (lambda t: t[..., :2].flatten(), r"broadcast|must be \["),
     "integer": (lambda t: t.long(), "float64, float32"),
     "dtype": (lambda t: t.float(), "torch.float64 on cpu"),
     "device": (lambda t: t.to("meta"), "on meta"),
@@ -268,6 +274,8 @@ BAD_INPUT = {
 @pytest.mark.parametrize("kind", BAD_INPUT)
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_bad_tensors_are_named(op, kind):
+    if kind in ("dtype", "device") and len(op.tensors) == 1:
+        return  # of the others, and there is none
     spoil, message = BAD_INPUT[kind]
     tensors, options = next(small_samples(op))
     with pytest.raises(ValueError, match=f"{op.name}: .*{message}"):
@@ -305,10 +313,10 @@ def test_backend_chooses_and_restores():
         pass
     before = fastprob.info()
     with fastprob.backend("reference"):
-        assert "ggd_nll       reference" in fastprob.info()
+        assert re.search("ggd_nll +reference", fastprob.info())
         with fastprob.backend("cpu") if "cpu " in before else fastprob.backend("reference"):
             assert fastprob.info() == before
-        assert "ggd_nll       reference" in fastprob.info()
+        assert re.search("ggd_nll +reference", fastprob.info())
     assert fastprob.info() == before
 
 
