@@ -1,0 +1,195 @@
+"""Class embeddings from tuned context vectors, by the cheapest of three equal ways through a frozen text tower."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import open_clip.transformer
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastprob.prompts import shared
+from fastprob.prompts.tokens import prompt_tokens
+
+PATHS = ("auto", "shared", "truncated", "plain")
+
+
+class PromptTextEncoder(nn.Module):
+    """Encodes the prompts "<context> <class name>." of C classes, the context being vectors that are tuned.
+
+        w_c = normalize(g([SOS, v_1 .. v_L, name_c, ".", EOT]))
+
+    Three paths with equal results, to rounding, and equal gradients for the context:
+
+    - "shared": SOS and the context once, then each class's few tokens (`fastprob.prompts.shared`); for contexts that
+      all classes share, in front of the name, in a causal tower. Some 17 + 5 C tokens instead of 77 C.
+    - "truncated": every prompt, but only up to the longest end-of-text; for causal towers.
+    - "plain": open_clip's own `encode_text` over all tokens; for every tower.
+
+    Args:
+        model: an open_clip model, frozen by the caller. It is neither a submodule nor in the state dict.
+        tokenizer: its tokenizer (`open_clip.get_tokenizer`).
+        classnames: C names; "_" counts as a space.
+        context_length: L, the number of context vectors.
+        class_position: where the name stands: "end", "middle" or "front" of the context.
+        path: "auto" takes the first of the three that holds for the tower and the context, and warns where a tower
+            leaves only the plain one; any other is taken or refused.
+        chunk: most prompts to encode at once, None for all; bounds memory together with `recompute`.
+        recompute: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: for a tower whose token embeddings cannot be reached, a path that does not hold for it, classnames
+            that do not fit, and in `forward` for contexts of another shape.
+
+    Source:
+        The prompts: CoOp (Zhou et al., IJCV 2022) and CoCoOp (CVPR 2022).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[..., Tensor],
+        classnames: Sequence[str],
+        *,
+        context_length: int,
+        class_position: str = "end",
+        path: str = "auto",
+        chunk: int | None = None,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        if path not in PATHS:
+            raise ValueError(f"PromptTextEncoder: path must be one of {', '.join(map(repr, PATHS))}, got {path!r}")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"PromptTextEncoder: chunk must be at least 1 or None, got {chunk}")
+        self.__dict__ |= {
+            "model": model,
+            "tower": getattr(model, "text", model),
+        }  # no submodules: they are the caller's
+        if not isinstance(getattr(self.tower, "token_embedding", None), nn.Embedding):
+            raise ValueError(
+                f"PromptTextEncoder: model must have a text tower of open_clip's own, got {type(self.tower).__name__}"
+            )
+        self.classnames, self.context_length, self.chunk, self.recompute = classnames, context_length, chunk, recompute
+        self.tokens = prompt_tokens(tokenizer, classnames, context_length, class_position)
+        not_causal = _why_not_causal(self.tower, self.tokens.ids)
+        not_shared = not_causal or _why_not_shared(self.tower, class_position)
+        for wanted, reason in (("truncated", not_causal), ("shared", not_shared)):
+            if path == wanted and reason:
+                raise ValueError(f"PromptTextEncoder: path must be 'auto' or another, got {path!r}: {reason}")
+        if path == "auto" and not_causal:
+            length = self.tokens.ids.shape[1]
+            warnings.warn(f"PromptTextEncoder: encodes all {length} tokens, as {not_causal}", stacklevel=2)
+        self.asked, self.path = path, path
+        if path == "auto":
+            self.path = "plain" if not_causal else "truncated" if not_shared else "shared"
+        self._suffixes: dict[range, shared.Suffixes] = {}
+
+    @property
+    def width(self) -> int:
+        """d, the length of a context vector."""
+        return self.tower.token_embedding.embedding_dim
+
+    def extra_repr(self) -> str:
+        return f"{len(self.classnames)} classes, context_length={self.context_length}, path={self.path!r}"
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Class embeddings of unit norm: [C, D] for a context [L, d] (shared) or [C, L, d] (each class its own),
+        [B, C, D] for contexts [B, 1, L, d] (each image its own)."""
+        classes, tail = len(self.classnames), (self.context_length, self.width)
+        if context.shape[-2:] != tail or context.shape[:-2] not in ((), (classes,), (*context.shape[:1], 1)):
+            expected = f"[L, d], [C, L, d] or [B, 1, L, d] with C = {classes}, L = {tail[0]}, d = {tail[1]}"
+            raise ValueError(f"PromptTextEncoder: context must be {expected}, got {list(context.shape)}")
+        own = context.dim() == 3
+        batch = context if context.dim() == 4 else context[None] if own else context[None, None]  # [B, 1 or C, L, d]
+        path = "truncated" if self.path == "shared" and own and self.asked == "auto" else self.path
+        if path == "shared" and own:
+            raise ValueError(
+                "PromptTextEncoder: context must be [L, d] or [B, 1, L, d] for path='shared', got [C, L, d]"
+            )
+        encode = {"shared": self._shared, "truncated": self._truncated, "plain": self._plain}[path]
+        rows = []
+        for images in self._image_chunks(len(batch)):
+            columns = []
+            for some in self._class_chunks():
+                part = batch[images, some.start : some.stop] if own else batch[images]
+                if self.recompute and torch.is_grad_enabled():
+                    columns.append(checkpoint(encode, part, some, use_reentrant=False))
+                else:
+                    columns.append(encode(part, some))
+            rows.append(torch.cat(columns, dim=1))
+        result = F.normalize(torch.cat(rows), dim=-1)  # [B, C, D]
+        return result if context.dim() == 4 else result[0]
+
+    def _class_chunks(self) -> Iterator[range]:
+        count = len(self.classnames)
+        step = min(self.chunk or count, count)
+        return (range(at, min(at + step, count)) for at in range(0, count, step))
+
+    def _image_chunks(self, count: int) -> Iterator[slice]:
+        step = max((self.chunk or count * len(self.classnames)) // len(self.classnames), 1)
+        return (slice(at, at + step) for at in range(0, count, step))
+
+    # Each path: contexts [B, 1 or c, L, d] and a range of c classes -> [B, c, D].
+
+    def _shared(self, context: Tensor, classes: range) -> Tensor:
+        if classes not in self._suffixes:
+            self._suffixes[classes] = shared.suffixes(self.tokens, classes)
+        return self._read(shared.encode(self.tower, context[:, 0], self._suffixes[classes]))
+
+    def _truncated(self, context: Tensor, classes: range) -> Tensor:
+        tower, length = self.tower, int(self.tokens.ends.max()) + 1
+        dtype = tower.transformer.get_cast_dtype()
+        x = self._with_context(context, classes, length).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])  # [B c, T, d]
+        ends = self.tokens.ends[classes.start : classes.stop].to(x.device).repeat(len(context))
+        x = x[torch.arange(len(x), device=x.device), ends]
+        return self._read(x).unflatten(0, (len(context), len(classes)))
+
+    def _plain(self, context: Tensor, classes: range) -> Tensor:
+        ids = self.tokens.ids[classes.start : classes.stop].to(context.device)
+        embedded = self._with_context(context, classes, ids.shape[1])
+        handle = self.tower.token_embedding.register_forward_hook(lambda *_: embedded)
+        try:
+            return self.model.encode_text(ids.repeat(len(context), 1)).unflatten(0, (len(context), len(classes)))
+        finally:
+            handle.remove()
+
+    def _with_context(self, context: Tensor, classes: range, length: int) -> Tensor:
+        """Token embeddings of every image's and class's prompt, the context in its slots: [B c, T, d]."""
+        some = slice(classes.start, classes.stop)
+        ids, slots = (t[some].to(context.device) for t in (self.tokens.ids[:, :length], self.tokens.slots))
+        x = self.tower.token_embedding(ids).expand(len(context), -1, -1, -1)  # [B, c, T, d]
+        where = slots[..., None].expand(*x.shape[:2], -1, x.shape[-1])  # [B, c, L, d]
+        return x.scatter(2, where, context.to(x.dtype).expand_as(where)).flatten(0, 1)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """The tower's end: [..., d] hidden states at end-of-text -> [..., D]."""
+        x, projection = self.tower.ln_final(x), self.tower.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+
+def _why_not_causal(tower: nn.Module, ids: Tensor) -> str | None:
+    """Why the tokens behind end-of-text matter to this tower; None where they do not."""
+    mask, pool = tower.attn_mask, getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    if mask is None:
+        return "the text tower is not causal"
+    if getattr(tower, "cls_emb", None) is not None:
+        return "the text tower appends a class token"
+    if pool == "argmax":
+        return None if (ids == ids.max()).sum(dim=1).min() > 0 else "end-of-text is not the greatest token"
+    return None if pool == "eos" else f"the text tower reads the {pool!r} token, not end-of-text"
+
+
+def _why_not_shared(tower: nn.Module, class_position: str) -> str | None:
+    if class_position != "end":
+        return f"the class name stands in the {class_position} of the context"
+    block = open_clip.transformer.ResidualAttentionBlock
+    if not all(type(each) is block for each in tower.transformer.resblocks):
+        return "the text tower's blocks are custom"
+    return None

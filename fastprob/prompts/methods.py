@@ -1,0 +1,279 @@
+"""CoOp, CoCoOp, VPT and DAPT: a few vectors are tuned in front of a frozen open_clip model.
+
+All predict p(y | x) = softmax over classes of scale * cos(f(x), g(t_y)) and are called alike: a batch of images
+[B, 3, H, W], or of image features [B, D] where the image side is not tuned, gives logits [B, C]. Their state dict holds
+what is tuned and nothing else, under the names of the released code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastprob.ops import gaussian_potential
+from fastprob.prompts.encoder import PromptTextEncoder
+
+
+class _Prompted(nn.Module):
+    """What the methods share: the frozen model, which is the caller's and not in the state dict."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.__dict__["model"] = model
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] images, or features [B, D] as they are, to [B, D] of unit norm."""
+        if images.dim() == 2:
+            return F.normalize(images, dim=-1)
+        with torch.no_grad():
+            return F.normalize(self.model.encode_image(images), dim=-1)
+
+    def logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """image [B, D], text [C, D] or [B, C, D] -> [B, C]."""
+        product = image @ text.T if text.dim() == 2 else (text @ image[:, :, None])[:, :, 0]
+        return self.model.logit_scale.exp() * product
+
+    def load_released(self, file: str | os.PathLike) -> None:
+        """Loads a checkpoint of the released code: `state_dict` of its prompt learner.
+
+        Its buffers token_prefix and token_suffix, the frozen model's embeddings, are left out. Raises ValueError for a
+        file with other weights.
+        """
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = {
+            name.removeprefix("prompt_learner."): weight for name, weight in state.get("state_dict", state).items()
+        }
+        state = {name: weight for name, weight in state.items() if not name.startswith("token_")}
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{type(self).__name__}: {file} must hold what it tunes: {error}") from error
+
+
+def _context(encoder: PromptTextEncoder, class_specific: bool, phrase: Tensor | None) -> nn.Parameter:
+    """[L, d], or [C, L, d], from N(0, 0.02) or a phrase's embeddings."""
+    shape = (len(encoder.classnames),) * class_specific + (encoder.context_length, encoder.width)
+    context = torch.randn(shape) * 0.02 if phrase is None else phrase.expand(shape).clone()
+    return nn.Parameter(context.to(encoder.tower.token_embedding.weight.device))
+
+
+def phrase_embeddings(model: nn.Module, tokenizer: Callable[..., Tensor], phrase: str) -> Tensor:
+    """[n, d] token embeddings of a phrase ("a photo of a"), to start a context from."""
+    tower = getattr(model, "text", model)
+    empty, ids = tokenizer([""])[0], tokenizer([phrase])[0]
+    start = int(empty[0] == ids[0])  # behind the start-of-text token, if there is one
+    length = int((ids == empty[start]).int().argmax()) - start
+    return tower.token_embedding(ids[start : start + length].to(tower.token_embedding.weight.device)).detach()
+
+
+class CoOp(_Prompted):
+    """Context vectors in place of "a photo of a", learnt by all classes together or (class_specific) each its own.
+
+    Args:
+        model, tokenizer, classnames: as `PromptTextEncoder`, which `encoder` options go to as well
+            (class_position, path, chunk, recompute).
+        context_length: L, 16 as released; init: a phrase to start from, whose length then counts.
+
+    Source: Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[..., Tensor],
+        classnames: Sequence[str],
+        *,
+        context_length: int = 16,
+        class_specific: bool = False,
+        init: str | None = None,
+        **encoder,
+    ):
+        super().__init__(model)
+        phrase = None if init is None else phrase_embeddings(model, tokenizer, init)
+        length = context_length if phrase is None else len(phrase)
+        self.encoder = PromptTextEncoder(model, tokenizer, classnames, context_length=length, **encoder)
+        self.ctx = _context(self.encoder, class_specific, phrase)
+
+    def text_features(self) -> Tensor:
+        """[C, D] class embeddings of unit norm."""
+        return self.encoder(self.ctx)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(self.image_features(images), self.text_features())
+
+
+class CoCoOp(_Prompted):
+    """CoOp with a context of each image's own: v_m(x) = v_m + pi(x), pi a small network on the image feature.
+
+    B images of C classes are B C prompts; `chunk` and `recompute` of `PromptTextEncoder` bound the memory.
+
+    Source: Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[..., Tensor],
+        classnames: Sequence[str],
+        *,
+        context_length: int = 4,
+        init: str | None = "a photo of a",
+        **encoder,
+    ):
+        super().__init__(model)
+        phrase = None if init is None else phrase_embeddings(model, tokenizer, init)
+        length = context_length if phrase is None else len(phrase)
+        self.encoder = PromptTextEncoder(model, tokenizer, classnames, context_length=length, **encoder)
+        self.ctx = _context(self.encoder, False, phrase)
+        dim = _embedding_dim(self.encoder)
+        layers = {"linear1": nn.Linear(dim, max(dim // 16, 1)), "relu": nn.ReLU(inplace=True)}
+        layers["linear2"] = nn.Linear(max(dim // 16, 1), self.encoder.width)
+        self.meta_net = nn.Sequential(OrderedDict(layers)).to(self.ctx.device)
+
+    def text_features(self, image_features: Tensor) -> Tensor:
+        """[B, D] image features of unit norm -> [B, C, D] class embeddings of unit norm."""
+        return self.encoder((self.ctx + self.meta_net(image_features)[:, None])[:, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        image = self.image_features(images)
+        return self.logits(image, self.text_features(image))
+
+
+def _embedding_dim(encoder: PromptTextEncoder) -> int:
+    projection = encoder.tower.text_projection
+    if projection is None:
+        return encoder.width
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+
+def visual_context(visual: nn.Module, length: int, deep: bool) -> nn.Parameter:
+    """[L, d], or [layers, L, d] if deep, from U(+-sqrt(6 / (3 p^2 + d))) for patches of p x p pixels.
+
+    Raises ValueError for a tower that is no VisionTransformer of open_clip's.
+    """
+    if not isinstance(visual, VisionTransformer):
+        raise ValueError(f"VPT: model.visual must be open_clip's VisionTransformer, got {type(visual).__name__}")
+    weight = visual.conv1.weight  # [d, 3, p, p]
+    bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
+    shape = (len(visual.transformer.resblocks),) * deep + (length, weight.shape[0])
+    return nn.Parameter(torch.empty(shape, device=weight.device).uniform_(-bound, bound))
+
+
+def prompted_image_features(visual: VisionTransformer, images: Tensor, prompts: Tensor) -> Tensor:
+    """Image features with vectors between class token and patches, after ln_pre and without positions.
+
+    images: [B, 3, H, W]; prompts: [L, d], or [layers, L, d] for other ones in every block, in place of those that
+    come out of the block before. Returns [B, D], not normalised.
+    """
+    x = visual._embeds(images)
+    length = prompts.shape[-2]
+    layers = prompts[None] if prompts.dim() == 2 else prompts
+    layers = layers.to(x.dtype)[:, None].expand(-1, len(x), -1, -1)  # [1 or layers, B, L, d]
+    x = torch.cat([x[:, :1], layers[0], x[:, 1:]], dim=1)
+    for i, block in enumerate(visual.transformer.resblocks):
+        if 0 < i < len(layers):
+            x = torch.cat([x[:, :1], layers[i], x[:, 1 + length :]], dim=1)
+        x = block(x)
+    pooled, _ = visual._pool(torch.cat([x[:, :1], x[:, 1 + length :]], dim=1))
+    return pooled if visual.proj is None else pooled @ visual.proj
+
+
+class _VisuallyPrompted(_Prompted):
+    """Image features with prompts `vis_ctx`, dropped out while training."""
+
+    def __init__(self, model: nn.Module, length: int, deep: bool, dropout: float):
+        super().__init__(model)
+        self.vis_ctx = visual_context(model.visual, length, deep)
+        self.dropout = nn.Dropout(dropout)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, D] of unit norm."""
+        return F.normalize(prompted_image_features(self.model.visual, images, self.dropout(self.vis_ctx)), dim=-1)
+
+
+class VPT(_VisuallyPrompted):
+    """Visual prompt tuning: vectors among the image's patches; the classes keep their embeddings.
+
+    Args:
+        model: an open_clip model with a vision transformer.
+        text: [C, D], the classes' embeddings, computed once.
+        length: L; deep: other vectors in every block; dropout: of the vectors, while training.
+
+    Source: Jia et al., Visual Prompt Tuning, ECCV 2022.
+    """
+
+    def __init__(self, model: nn.Module, text: Tensor, *, length: int = 16, deep: bool = False, dropout: float = 0.0):
+        super().__init__(model, length, deep, dropout)
+        self.register_buffer("text", F.normalize(text.detach(), dim=-1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(self.image_features(images), self.text)
+
+
+class DAPT(_VisuallyPrompted):
+    """CoOp's text prompts and VPT's visual ones, with two terms that spread classes and gather their images:
+
+        L = cross-entropy + beta_t gaussian_potential(w, t=2) + beta_v mean((z_i - s_y_i)^2)
+
+    w: [C, D] class embeddings; z: [B, D] image features; s: [C, D] prototypes, the means of each class's features
+    before training (`prototypes`).
+
+    Args:
+        model, tokenizer, classnames, context_length, encoder options: as `CoOp`.
+        visual_length, deep, dropout: as `VPT`.
+        beta_t, beta_v: weights of the two terms.
+
+    Source: Cho et al., Distribution-Aware Prompt Tuning for Vision-Language Models, ICCV 2023.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[..., Tensor],
+        classnames: Sequence[str],
+        *,
+        context_length: int = 16,
+        visual_length: int = 16,
+        deep: bool = False,
+        dropout: float = 0.0,
+        beta_t: float = 0.1,
+        beta_v: float = 0.1,
+        **encoder,
+    ):
+        super().__init__(model, visual_length, deep, dropout)
+        self.encoder = PromptTextEncoder(model, tokenizer, classnames, context_length=context_length, **encoder)
+        self.txt_ctx = _context(self.encoder, False, None)
+        self.beta_t, self.beta_v = beta_t, beta_v
+
+    def text_features(self) -> Tensor:
+        """[C, D] class embeddings of unit norm."""
+        return self.encoder(self.txt_ctx)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(self.image_features(images), self.text_features())
+
+    def loss(self, images: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
+        """The three terms of a batch. images [B, 3, H, W], labels [B] long, prototypes [C, D]."""
+        image, text = self.image_features(images), self.text_features()
+        inter = gaussian_potential(text, t=2.0)
+        intra = F.mse_loss(image, prototypes[labels])
+        return F.cross_entropy(self.logits(image, text), labels) + self.beta_t * inter + self.beta_v * intra
+
+
+def prototypes(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Mean of each class's features of unit norm, not normalised again. [N, D], [N] long -> [classes, D].
+
+    Raises ValueError for a class without features.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    if len(counts) != classes or not counts.all():
+        raise ValueError(f"prototypes: labels must name each of the {classes} classes, got counts {counts.tolist()}")
+    sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, F.normalize(features, dim=-1))
+    return sums / counts[:, None]

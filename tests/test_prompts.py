@@ -1,0 +1,256 @@
+"""Prompt tuning: the cheap paths equal open_clip's own over all tokens; the methods tune what they say they do."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastprob.prompts import DAPT, VPT, CoCoOp, CoOp, PromptTextEncoder, prototypes
+
+NAMES = ["cat", "golden_retriever", "dog", "fire engine red", "tench"]
+L = 4
+TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+TOWERS = {  # what differs from CLIP's text tower
+    "clip": {},
+    "quick_gelu, layer scale": {"ls_init_value": 0.5},
+    "eos": {"pool_type": "eos", "eos_id": 49407},
+    "custom blocks": {"qk_norm": True},
+    "not causal": {"no_causal_mask": True},
+    "class token": {"embed_cls": True, "pad_id": 0},
+}
+
+
+def build(tmp_path, changes, name="prompts", **more):
+    vision = {"image_size": 16, "patch_size": 8, "layers": 2, "width": 48, "head_width": 16}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT | changes, **more}
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(config))
+    open_clip.add_model_config(file)
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval().requires_grad_(False)
+    for parameter in model.parameters():  # its initial weights are so small that a wrong token would hardly show
+        parameter.copy_(parameter * 2 + 0.02 * torch.randn_like(parameter))
+    return model.double()
+
+
+@pytest.fixture
+def model(tmp_path):
+    return build(tmp_path, {})
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return lambda texts: open_clip.get_tokenizer("ViT-B-32")(texts, context_length=TEXT["context_length"])
+
+
+CONTEXTS = {"shared": (L, 32), "of each class": (5, L, 32), "of each image": (3, 1, L, 32)}
+
+
+def run(encoder, context):
+    context = context.clone().requires_grad_()
+    value = encoder(context)
+    weight = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
+    return value.detach(), torch.autograd.grad((value * weight).sum(), context)[0]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("tower", list(TOWERS)[:4])
+@pytest.mark.filterwarnings("ignore:PromptTextEncoder")
+def test_every_path_equals_all_tokens(tmp_path, tokenizer, tower, custom_text, position, context):
+    model = build(tmp_path, TOWERS[tower], custom_text=custom_text)
+    context = torch.randn(CONTEXTS[context], dtype=torch.float64)
+    options = {"context_length": L, "class_position": position}
+    plain = run(PromptTextEncoder(model, tokenizer, NAMES, path="plain", **options), context)
+    torch.testing.assert_close(plain[0].norm(dim=-1), torch.ones(plain[0].shape[:-1], dtype=torch.float64))
+    for more in ({}, {"path": "truncated"}, {"chunk": 2}, {"chunk": 7, "recompute": True}):
+        encoder = PromptTextEncoder(model, tokenizer, NAMES, **options, **more)
+        torch.testing.assert_close(run(encoder, context), plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_prompts_are_what_the_sentence_would_be(model, tokenizer, position):
+    """With the words' own embeddings as context the class embeddings are those of the whole sentence."""
+    phrase = "a photo of the"
+    sentence = {"end": "a photo of the {}.", "middle": "a photo {} of the.", "front": "{} a photo of the."}[position]
+    method = CoOp(model, tokenizer, NAMES, init=phrase, class_position=position)
+    texts = tokenizer([sentence.format(name.replace("_", " ")) for name in NAMES])
+    torch.testing.assert_close(method.text_features(), model.encode_text(texts, normalize=True))
+
+
+@pytest.mark.parametrize(
+    ("tower", "position", "path"),
+    [
+        ("clip", "end", "shared"),
+        ("quick_gelu, layer scale", "end", "shared"),
+        ("clip", "middle", "truncated"),
+        ("custom blocks", "end", "truncated"),
+    ],
+)
+def test_takes_the_cheapest_path(tmp_path, tokenizer, tower, position, path):
+    model = build(tmp_path, TOWERS[tower])
+    encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L, class_position=position)
+    assert encoder.path == path and f"path={path!r}" in repr(encoder)
+
+
+@pytest.mark.parametrize(("tower", "reason"), [("not causal", "not causal"), ("class token", "class token")])
+def test_says_why_a_tower_needs_all_tokens(tmp_path, tokenizer, tower, reason):
+    model = build(tmp_path, TOWERS[tower], custom_text=True)
+    with pytest.warns(UserWarning, match=f"all 20 tokens.*{reason}"):
+        encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L)
+    assert encoder.path == "plain"
+    context = torch.randn(L, 32, dtype=torch.float64)
+    names, method = tokenizer(["x x x x cat."]), encoder(context)[0]
+    at = {"embedded": None}
+
+    def insert(module, inputs, output):
+        at["embedded"] = torch.cat([output[:, :1], context[None], output[:, 1 + L :]], dim=1)
+        return at["embedded"]
+
+    handle = model.text.token_embedding.register_forward_hook(insert)
+    torch.testing.assert_close(method, model.encode_text(names, normalize=True)[0])
+    handle.remove()
+    for path in ("shared", "truncated"):
+        with pytest.raises(ValueError, match=f"path must be .* got {path!r}: .*{reason}"):
+            PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path=path)
+
+
+def test_fewer_tokens_go_through_the_shared_path(model, tokenizer):
+    counts = {}
+    for path in ("shared", "truncated", "plain"):
+        encoder, seen = PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path=path), []
+        block = model.transformer.resblocks[0].mlp
+        handle = block.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][..., 0].numel()))
+        encoder(torch.randn(L, 32, dtype=torch.float64))
+        handle.remove()
+        counts[path] = sum(seen)
+    names = [1, 2, 1, 3, 2]  # tokens of each
+    assert counts == {"shared": 1 + L + sum(names) + 2 * 5, "truncated": 5 * (1 + L + 3 + 2), "plain": 5 * 20}
+
+
+def test_compiles_whole_with_right_gradients(tmp_path, tokenizer):
+    """In float32: of torch 2.11's own attention on the CPU the compiled backward pass raises in float64."""
+    model = build(tmp_path, {})
+    method = DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3)
+    images, labels, center = torch.randn(6, 3, 16, 16), torch.arange(6) % 5, torch.randn(5, 24)
+
+    def grads(loss, dtype):
+        for module in (model, method):
+            module.to(dtype)
+        return torch.autograd.grad(loss(images.to(dtype), labels, center.to(dtype)), list(method.parameters()))
+
+    truth, eager = grads(method.loss, torch.float64), grads(method.loss, torch.float32)
+    for c, e, t in zip(grads(torch.compile(method.loss, fullgraph=True), torch.float32), eager, truth):
+        assert (c - t).norm() <= 3 * (e - t).norm() + 1e-7 * t.norm()
+
+
+BAD = {
+    "path": ({"path": "fast"}, "path must be one of 'auto', 'shared', 'truncated', 'plain', got 'fast'"),
+    "chunk": ({"chunk": 0}, "chunk must be at least 1 or None, got 0"),
+    "position": ({"class_position": "back"}, "class_position must be one of 'end', 'middle', 'front', got 'back'"),
+    "context": ({"context_length": 0}, "context_length must be at least 1, got 0"),
+    "room": ({"context_length": 15}, "leave room for 15 context vectors among 20 tokens, got 'fire engine red'"),
+    "no room": ({"context_length": 40}, "leave room for 40 context vectors among 20 tokens, got 'cat'"),
+    "shared": ({"path": "shared", "class_position": "front"}, "got 'shared': the class name stands in the front"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_options_are_named(model, tokenizer, what):
+    options, message = BAD[what]
+    with pytest.raises(ValueError, match=message):
+        PromptTextEncoder(model, tokenizer, NAMES, **{"context_length": L} | options)
+
+
+def test_bad_names_and_contexts_are_named(model, tokenizer):
+    for names in ([], "cat"):
+        with pytest.raises(ValueError, match="classnames must be a list of names, got"):
+            PromptTextEncoder(model, tokenizer, names, context_length=L)
+    with pytest.raises(ValueError, match="text tower of open_clip's own, got Linear"):
+        PromptTextEncoder(torch.nn.Linear(2, 2), tokenizer, NAMES, context_length=L)
+    encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L)
+    for shape in ((3, 32), (4, L, 32), (2, 5, L, 32), (L, 31)):
+        with pytest.raises(ValueError, match=r"context must be .* C = 5, L = 4, d = 32, got \["):
+            encoder(torch.zeros(shape, dtype=torch.float64))
+    encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path="shared")
+    with pytest.raises(ValueError, match=r"context must be .* for path='shared', got \[C, L, d\]"):
+        encoder(torch.zeros(5, L, 32, dtype=torch.float64))
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+
+
+def methods(model, tokenizer):
+    text = torch.randn(5, 24, dtype=torch.float64)
+    return {
+        "CoOp": (CoOp(model, tokenizer, NAMES, context_length=L), {"ctx": (L, 32)}),
+        "CoOp, class-specific": (
+            CoOp(model, tokenizer, NAMES, context_length=L, class_specific=True), {"ctx": (5, L, 32)},
+        ),
+        "CoCoOp": (
+            CoCoOp(model, tokenizer, NAMES),
+            {"ctx": (4, 32), "meta_net.linear1.weight": (1, 24), "meta_net.linear1.bias": (1,),
+             "meta_net.linear2.weight": (32, 1), "meta_net.linear2.bias": (32,)},
+        ),
+        "VPT": (VPT(model, text, length=3), {"vis_ctx": (3, 48)}),
+        "VPT, deep": (VPT(model, text, length=3, deep=True), {"vis_ctx": (2, 3, 48)}),
+        "DAPT": (
+            DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3), {"vis_ctx": (3, 48), "txt_ctx": (L, 32)},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["CoOp", "CoOp, class-specific", "CoCoOp", "VPT", "VPT, deep", "DAPT"])
+def test_tunes_its_context_alone_and_learns(model, tokenizer, name):
+    method, shapes = methods(model, tokenizer)[name]
+    method = method.double()
+    assert {k: tuple(v.shape) for k, v in method.state_dict().items()} == shapes
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images, labels = torch.randn(10, 3, 16, 16, dtype=torch.float64), torch.arange(10) % 5
+    optimizer = torch.optim.Adam(method.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = F.cross_entropy(method(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert method(images).shape == (10, 5)
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_released_checkpoints_load(model, tokenizer, tmp_path):
+    source, target = (CoOp(model, tokenizer, NAMES, context_length=L) for _ in range(2))
+    prefix = {"token_prefix": torch.zeros(5, 1, 32), "token_suffix": torch.zeros(5, 15, 32)}
+    torch.save({"state_dict": {**source.state_dict(), **prefix}, "epoch": 50}, tmp_path / "model.pth.tar-50")
+    target.load_released(tmp_path / "model.pth.tar-50")
+    assert torch.equal(source.ctx, target.ctx)
+    other = CoOp(model, tokenizer, NAMES, context_length=L + 1)
+    with pytest.raises(ValueError, match=r"(?s)CoOp: .*tar-50 must hold what it tunes: .*size mismatch"):
+        other.load_released(tmp_path / "model.pth.tar-50")
+
+
+def test_image_prompts_without_effect_leave_the_features_alone(model):
+    """No vectors: open_clip's own features, to the bit."""
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    method = VPT(model, torch.randn(5, 24, dtype=torch.float64), length=0).double()
+    torch.testing.assert_close(method.image_features(images), model.encode_image(images, normalize=True))
+
+
+def test_dapt_loss_is_its_three_terms(model, tokenizer):
+    method = DAPT(model, tokenizer, NAMES, context_length=L, beta_t=0.3, beta_v=0.7).double().eval()
+    images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.arange(6) % 5
+    features = torch.randn(10, 24, dtype=torch.float64)
+    center = prototypes(features, torch.arange(10) % 5, 5)
+    torch.testing.assert_close(center[1], F.normalize(features[[1, 6]], dim=1).mean(0))
+    image, text = method.image_features(images), method.text_features()
+    inter = torch.pdist(text).square().mul(-2).exp().mean()
+    intra = sum((image[i] - center[labels[i]]).square().mean() for i in range(6)) / 6
+    expected = F.cross_entropy(model.logit_scale.exp() * image @ text.T, labels) + 0.3 * inter + 0.7 * intra
+    torch.testing.assert_close(method.loss(images, labels, center), expected)
+    with pytest.raises(ValueError, match=r"each of the 6 classes, got counts \[2, 2, 2, 2, 2, 0\]"):
+        prototypes(features, torch.arange(10) % 5, 6)
