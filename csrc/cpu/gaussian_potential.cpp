@@ -135,7 +135,7 @@ void pair(Points<T>& p, int64_t I, int64_t J, T t) {
   }
 }
 
-// Every pair of tiles, a round at a time: in round r the tiles i + j = r (mod n) meet, the last one the one left over.
+// Every pair of tiles, a round at a time: in round r the tiles r + m and r - m (mod n - 1) meet, and r meets the last.
 template <bool with_gradients, typename T>
 void all_pairs(Points<T>& p, T t) {
   torch::stable::parallel_for(0, p.tiles, 1, [&](int64_t first, int64_t last) {
@@ -174,17 +174,11 @@ void gaussian_potential(StableIValue* stack, uint64_t, uint64_t) {
     needs ? all_pairs<true>(points, T(t)) : all_pairs<false>(points, T(t));
     double total = 0;
     for (int64_t i = 0; i < count; ++i) total += points.sums[i];
-    value = pairs == 0            ? total
-            : reduction == "sum"  ? total
-            : reduction == "mean" ? total / pairs
-                                  : std::log(total / pairs);
+    const bool is_sum = reduction == "sum", is_log = reduction == "logmean" && pairs > 0;
+    const double mean = total / std::max(pairs, 1.);
+    value = is_sum ? total : is_log ? std::log(mean) : mean;
     if (!needs) return;
-    const T scale =
-        T(-4 * t * grad *
-          (reduction == "sum"    ? 1
-           : reduction == "mean" ? 1 / std::max(pairs, 1.)
-           : pairs == 0          ? 0
-                                 : 1 / total));
+    const T scale = T(-4 * t * grad / (is_sum ? 1 : is_log ? total : std::max(pairs, 1.)));
     S* g = static_cast<S*>(out[0].data_ptr());
     torch::stable::parallel_for(0, points.tiles, 1, [&](int64_t first, int64_t last) {
       std::vector<T> row(points.width), w(points.width);

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastprob.prompts import shared
-from fastprob.prompts.tokens import prompt_tokens
+from fastprob.prompts.tokens import PromptTokens, prompt_tokens
 
 PATHS = ("auto", "shared", "truncated", "plain")
 
@@ -65,10 +65,8 @@ class PromptTextEncoder(nn.Module):
             raise ValueError(f"PromptTextEncoder: path must be one of {', '.join(map(repr, PATHS))}, got {path!r}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"PromptTextEncoder: chunk must be at least 1 or None, got {chunk}")
-        self.__dict__ |= {
-            "model": model,
-            "tower": getattr(model, "text", model),
-        }  # no submodules: they are the caller's
+        # not submodules: their weights are the caller's
+        self.__dict__ |= {"model": model, "tower": getattr(model, "text", model)}
         if not isinstance(getattr(self.tower, "token_embedding", None), nn.Embedding):
             raise ValueError(
                 f"PromptTextEncoder: model must have a text tower of open_clip's own, got {type(self.tower).__name__}"
@@ -86,7 +84,8 @@ class PromptTextEncoder(nn.Module):
         self.asked, self.path = path, path
         if path == "auto":
             self.path = "plain" if not_causal else "truncated" if not_shared else "shared"
-        self._suffixes: dict[range, shared.Suffixes] = {}
+        self._suffixes: dict[tuple[range, torch.device], shared.Suffixes] = {}
+        self._tokens: dict[torch.device, PromptTokens] = {}
 
     @property
     def width(self) -> int:
@@ -136,21 +135,22 @@ class PromptTextEncoder(nn.Module):
     # Each path: contexts [B, 1 or c, L, d] and a range of c classes -> [B, c, D].
 
     def _shared(self, context: Tensor, classes: range) -> Tensor:
-        if classes not in self._suffixes:
-            self._suffixes[classes] = shared.suffixes(self.tokens, classes)
-        return self._read(shared.encode(self.tower, context[:, 0], self._suffixes[classes]))
+        key = classes, context.device
+        if key not in self._suffixes:
+            self._suffixes[key] = shared.suffixes(self.tokens, classes).to(context.device)
+        return self._read(shared.encode(self.tower, context[:, 0], self._suffixes[key]))
 
     def _truncated(self, context: Tensor, classes: range) -> Tensor:
         tower, length = self.tower, int(self.tokens.ends.max()) + 1
         dtype = tower.transformer.get_cast_dtype()
         x = self._with_context(context, classes, length).to(dtype) + tower.positional_embedding[:length].to(dtype)
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])  # [B c, T, d]
-        ends = self.tokens.ends[classes.start : classes.stop].to(x.device).repeat(len(context))
+        ends = self._tokens_on(x.device).ends[classes.start : classes.stop].repeat(len(context))
         x = x[torch.arange(len(x), device=x.device), ends]
         return self._read(x).unflatten(0, (len(context), len(classes)))
 
     def _plain(self, context: Tensor, classes: range) -> Tensor:
-        ids = self.tokens.ids[classes.start : classes.stop].to(context.device)
+        ids = self._tokens_on(context.device).ids[classes.start : classes.stop]
         embedded = self._with_context(context, classes, ids.shape[1])
         handle = self.tower.token_embedding.register_forward_hook(lambda *_: embedded)
         try:
@@ -158,10 +158,15 @@ class PromptTextEncoder(nn.Module):
         finally:
             handle.remove()
 
+    def _tokens_on(self, device: torch.device) -> PromptTokens:
+        if device not in self._tokens:
+            self._tokens[device] = self.tokens.to(device)
+        return self._tokens[device]
+
     def _with_context(self, context: Tensor, classes: range, length: int) -> Tensor:
         """Token embeddings of every image's and class's prompt, the context in its slots: [B c, T, d]."""
-        some = slice(classes.start, classes.stop)
-        ids, slots = (t[some].to(context.device) for t in (self.tokens.ids[:, :length], self.tokens.slots))
+        tokens, some = self._tokens_on(context.device), slice(classes.start, classes.stop)
+        ids, slots = tokens.ids[some, :length], tokens.slots[some]
         x = self.tower.token_embedding(ids).expand(len(context), -1, -1, -1)  # [B, c, T, d]
         where = slots[..., None].expand(*x.shape[:2], -1, x.shape[-1])  # [B, c, L, d]
         return x.scatter(2, where, context.to(x.dtype).expand_as(where)).flatten(0, 1)

@@ -57,6 +57,10 @@ class Suffixes:
     groups: tuple[Group, ...]
     order: Tensor
 
+    def to(self, device: torch.device) -> Suffixes:
+        moved = (t.to(device) for t in (self.prefix, self.ids, self.positions))
+        return Suffixes(*moved, self.groups, self.order.to(device))
+
 
 def suffixes(tokens: PromptTokens, classes: Sequence[int]) -> Suffixes:
     """Lays out the suffixes of `classes`: what stands behind the context, up to end-of-text."""
@@ -83,19 +87,19 @@ def suffixes(tokens: PromptTokens, classes: Sequence[int]) -> Suffixes:
 
 def encode(tower: nn.Module, context: Tensor, these: Suffixes) -> Tensor:
     """[B, L, d] contexts -> [B, C, width] hidden states at end-of-text, before the tower's last norm."""
-    dtype, device = tower.transformer.get_cast_dtype(), context.device
+    dtype = tower.transformer.get_cast_dtype()
     position = tower.positional_embedding.to(dtype)
-    known = tower.token_embedding(torch.cat([these.prefix, these.ids]).to(device)).to(dtype)  # [1 + N, d]
+    known = tower.token_embedding(torch.cat([these.prefix, these.ids])).to(dtype)  # [1 + N, d]
     known = known.expand(len(context), -1, -1)
     sos = len(these.prefix)
     prefix = sos + context.shape[1]
     x = torch.cat([known[:, :sos], context.to(dtype), known[:, sos:]], dim=1)  # [B, P + N, d]
-    x = x + torch.cat([position[:prefix], position[these.positions.to(device)]])
+    x = x + torch.cat([position[:prefix], position[these.positions]])
     *blocks, last = tower.transformer.resblocks
     for block in blocks:
         x = _rest(block, x, _attention(block, x, prefix, these.groups))
     ends = _ends(x, prefix, these.groups)
-    return _rest(last, ends, _attention(last, x, prefix, these.groups, only_ends=True))[:, these.order.to(device)]
+    return _rest(last, ends, _attention(last, x, prefix, these.groups, only_ends=True))[:, these.order]
 
 
 def _ends(x: Tensor, prefix: int, groups: tuple[Group, ...]) -> Tensor:

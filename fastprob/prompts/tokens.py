@@ -23,6 +23,9 @@ class PromptTokens:
     slots: Tensor
     ends: Tensor
 
+    def to(self, device: torch.device) -> PromptTokens:
+        return PromptTokens(self.ids.to(device), self.slots.to(device), self.ends.to(device))
+
 
 def prompt_tokens(
     tokenizer: Callable[..., Tensor], classnames: Sequence[str], context_length: int, class_position: str
