@@ -57,11 +57,22 @@ class _Prompted(nn.Module):
             raise ValueError(f"{type(self).__name__}: {file} must hold what it tunes: {error}") from error
 
 
-def _context(encoder: PromptTextEncoder, class_specific: bool, phrase: Tensor | None) -> nn.Parameter:
-    """[L, d], or [C, L, d], from N(0, 0.02) or a phrase's embeddings."""
-    shape = (len(encoder.classnames),) * class_specific + (encoder.context_length, encoder.width)
+def _text_side(
+    model: nn.Module,
+    tokenizer: Callable[..., Tensor],
+    classnames: Sequence[str],
+    context_length: int,
+    init: str | None,
+    class_specific: bool = False,
+    **encoder,
+) -> tuple[PromptTextEncoder, nn.Parameter]:
+    """The encoder and its context, [L, d] or [C, L, d]: from N(0, 0.02), or a phrase's embeddings."""
+    phrase = None if init is None else phrase_embeddings(model, tokenizer, init)
+    length = context_length if phrase is None else len(phrase)
+    text = PromptTextEncoder(model, tokenizer, classnames, context_length=length, **encoder)
+    shape = (len(classnames),) * class_specific + (length, text.width)
     context = torch.randn(shape) * 0.02 if phrase is None else phrase.expand(shape).clone()
-    return nn.Parameter(context.to(encoder.tower.token_embedding.weight.device))
+    return text, nn.Parameter(context.to(text.tower.token_embedding.weight.device))
 
 
 def phrase_embeddings(model: nn.Module, tokenizer: Callable[..., Tensor], phrase: str) -> Tensor:
@@ -96,10 +107,9 @@ class CoOp(_Prompted):
         **encoder,
     ):
         super().__init__(model)
-        phrase = None if init is None else phrase_embeddings(model, tokenizer, init)
-        length = context_length if phrase is None else len(phrase)
-        self.encoder = PromptTextEncoder(model, tokenizer, classnames, context_length=length, **encoder)
-        self.ctx = _context(self.encoder, class_specific, phrase)
+        self.encoder, self.ctx = _text_side(
+            model, tokenizer, classnames, context_length, init, class_specific, **encoder
+        )
 
     def text_features(self) -> Tensor:
         """[C, D] class embeddings of unit norm."""
@@ -128,10 +138,7 @@ class CoCoOp(_Prompted):
         **encoder,
     ):
         super().__init__(model)
-        phrase = None if init is None else phrase_embeddings(model, tokenizer, init)
-        length = context_length if phrase is None else len(phrase)
-        self.encoder = PromptTextEncoder(model, tokenizer, classnames, context_length=length, **encoder)
-        self.ctx = _context(self.encoder, False, phrase)
+        self.encoder, self.ctx = _text_side(model, tokenizer, classnames, context_length, init, **encoder)
         dim = _embedding_dim(self.encoder)
         layers = {"linear1": nn.Linear(dim, max(dim // 16, 1)), "relu": nn.ReLU(inplace=True)}
         layers["linear2"] = nn.Linear(max(dim // 16, 1), self.encoder.width)
@@ -248,8 +255,7 @@ class DAPT(_VisuallyPrompted):
         **encoder,
     ):
         super().__init__(model, visual_length, deep, dropout)
-        self.encoder = PromptTextEncoder(model, tokenizer, classnames, context_length=context_length, **encoder)
-        self.txt_ctx = _context(self.encoder, False, None)
+        self.encoder, self.txt_ctx = _text_side(model, tokenizer, classnames, context_length, None, **encoder)
         self.beta_t, self.beta_v = beta_t, beta_v
 
     def text_features(self) -> Tensor:
