@@ -55,7 +55,7 @@ def _run(x, t, reduction, normalize, needs, grad):
         return value.to(x.dtype), x.new_empty(0)
     scale = {"sum": 1.0, "mean": 1 / max(pairs, 1), "logmean": 1 / total if pairs else 0.0}[reduction]
     scale = -4 * t * scale * (1 if grad is None else grad.double())
-    g = (w * sums.to(compute)[:, None] - products) * torch.as_tensor(scale, dtype=compute, device=x.device)
+    g = (w * sums.to(compute)[:, None] - products) * scale  # a number or a scalar on the device: no copy to it
     if normalize:
         g = (g - y * (g * y).sum(dim=1, keepdim=True)) / length
     return value.to(x.dtype), g.to(x.dtype)

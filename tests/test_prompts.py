@@ -103,15 +103,11 @@ def test_says_why_a_tower_needs_all_tokens(tmp_path, tokenizer, tower, reason):
         encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L)
     assert encoder.path == "plain"
     context = torch.randn(L, 32, dtype=torch.float64)
-    names, method = tokenizer(["x x x x cat."]), encoder(context)[0]
-    at = {"embedded": None}
-
-    def insert(module, inputs, output):
-        at["embedded"] = torch.cat([output[:, :1], context[None], output[:, 1 + L :]], dim=1)
-        return at["embedded"]
-
-    handle = model.text.token_embedding.register_forward_hook(insert)
-    torch.testing.assert_close(method, model.encode_text(names, normalize=True)[0])
+    actual = encoder(context)[0]
+    handle = model.text.token_embedding.register_forward_hook(
+        lambda _, __, output: torch.cat([output[:, :1], context[None], output[:, 1 + L :]], dim=1)
+    )
+    torch.testing.assert_close(actual, model.encode_text(tokenizer(["x x x x cat."]), normalize=True)[0])
     handle.remove()
     for path in ("shared", "truncated"):
         with pytest.raises(ValueError, match=f"path must be .* got {path!r}: .*{reason}"):
@@ -235,7 +231,7 @@ def test_released_checkpoints_load(model, tokenizer, tmp_path):
 
 
 def test_image_prompts_without_effect_leave_the_features_alone(model):
-    """No vectors: open_clip's own features, to the bit."""
+    """No vectors: open_clip's own features."""
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     method = VPT(model, torch.randn(5, 24, dtype=torch.float64), length=0).double()
     torch.testing.assert_close(method.image_features(images), model.encode_image(images, normalize=True))

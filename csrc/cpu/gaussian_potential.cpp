@@ -25,13 +25,13 @@ struct Points {
   static constexpr int64_t kPanel = kColumns<T>;
   int64_t count, dim, tiles, width;
   Tensor scratch;
-  T *by_point, *by_dim;  // of a tile: panels [kTile, kPanel] over D; panels [D, kPanel] over its points
+  T *by_point, *by_dim;  // of a tile: panels [kTile, kPanel] over D (for gradients); [D, kPanel] over its points
   T* gradients;          // of a tile: [kTile, width] of sum k_mn x_n
   T *squares, *lengths;  // of a point: squared norm; the norm that it was divided by, or 1
   T* sums;               // of a point: sum k_mn
 
   template <typename S>
-  Points(const Tensor& like, const S* x, bool normalize)
+  Points(const Tensor& like, const S* x, bool normalize, bool with_gradients)
       : count(like.size(0)),
         dim(like.size(1)),
         tiles((count + kTile - 1) / kTile),
@@ -63,7 +63,7 @@ struct Points {
       for (int64_t d = 0; d < width; ++d) mean[d] += means[i * width + d] / T(count);
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
       std::vector<T> rows(kPanel * width);  // the points of a panel over points
-      std::fill(gradients + first * kTile * width, gradients + last * kTile * width, T(0));
+      if (with_gradients) std::fill(gradients + first * kTile * width, gradients + last * kTile * width, T(0));
       std::fill(sums + first * kTile, sums + last * kTile, T(0));
       for (int64_t at = first * kTile; at < last * kTile; at += kPanel) {
         for (int64_t c = 0; c < kPanel; ++c) {
@@ -76,7 +76,7 @@ struct Points {
             std::fill_n(row, width, T(0));
             squares[i] = kInf<T>;  // potentials with padding vanish
           }
-          for (int64_t p = 0; p < width; p += kPanel) std::copy_n(row + p, kPanel, panel_row(i, p));
+          for (int64_t p = 0; with_gradients && p < width; p += kPanel) std::copy_n(row + p, kPanel, panel_row(i, p));
         }
         for (int64_t d = 0; d < dim; ++d)
           for (int64_t c = 0; c < kPanel; ++c) by_dim[at * dim + d * kPanel + c] = rows[c * width + d];
@@ -170,7 +170,7 @@ void gaussian_potential(StableIValue* stack, uint64_t, uint64_t) {
     using T = decltype(compute);
     using S = decltype(storage);
     const S* from = static_cast<const S*>(x.data_ptr());
-    Points<T> points(x, from, normalize);
+    Points<T> points(x, from, normalize, needs);
     needs ? all_pairs<true>(points, T(t)) : all_pairs<false>(points, T(t));
     double total = 0;
     for (int64_t i = 0; i < count; ++i) total += points.sums[i];
