@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fastprob._training import write_atomically
 from fastprob.adapters import GGDAdapter, ProbVLM
-from fastprob.adapters.adapter import write_atomically
 
 RELEASED = ["mod.0", "mod.2", "mod.5"] + [f"block_{head}.{i}" for head in ("mu", "alpha", "beta") for i in (0, 2)]
 RELEASED_KEYS = [f"{layer}.{kind}" for layer in RELEASED for kind in ("weight", "bias")]

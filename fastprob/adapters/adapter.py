@@ -14,13 +14,14 @@ Models", ICCV 2023, section 3.2 and its released code.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+
+from fastprob._training import write_atomically
 
 EPS = 1e-4
 """Added to 1/alpha and to beta before either is used, in the losses and in the uncertainty alike."""
@@ -157,21 +158,6 @@ def check_adapter(name: str, dim: int, hidden: int, dropout: float, positive: st
         raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout!r}")
     if positive not in POSITIVE:
         raise ValueError(f"{name}: positive must be one of {sorted(POSITIVE)}, got {positive!r}")
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
-
-    Whoever reads `path` sees the old content or the new, never a part, also if the process dies.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _head(dim: int) -> nn.Sequential:

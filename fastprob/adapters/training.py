@@ -16,26 +16,21 @@ image once, each with one random caption of its own. A run directory holds
 each replaced in one step. Source: Upadhyay et al., ICCV 2023, equations 5 to 9.
 """
 
-import json
 import math
 import os
-import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastprob
-from fastprob.adapters._session import interrupt_between_steps, own_random_state, random_state, set_random_state
-from fastprob.adapters.adapter import ProbVLM, check_adapter, write_atomically
+from fastprob._training import Run, cosine, own_random_state
+from fastprob.adapters.adapter import ProbVLM, check_adapter
 from fastprob.adapters.pairs import Paired, Pairs, check_paired
 
-_FORMAT = "fastprob.training/1"
 _LOSS_OPTIONS = ("cross_weight", "l1_weight", "nll_weight", "form")
-_REPORT_EVERY = 50
-"""Steps between reads of the loss from the device: for the progress bar, and to stop at a NaN soon."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +137,7 @@ def fit(
     held_out = None if validation is None else Pairs(validation, device)
     with own_random_state(device):
         run = _Run(config, train, held_out, Path(directory) if directory is not None else None)
-        if resume:
-            run.load()
-        else:
-            run.start()
-        with interrupt_between_steps() as interrupted, run.bar(progress) as bar:
-            while run.epoch < config.epochs:
-                run.train_epoch(bar, interrupted)
+        run.train(resume=resume, progress=progress)
     return FitResult(run.model.eval(), run.history)
 
 
@@ -185,131 +174,54 @@ def _nll(model: ProbVLM, pairs: Pairs, cross_weight: float, form: str) -> float:
     return float(torch.stack(values).cpu().double() @ weight / weight.sum())
 
 
-class _Run:
-    """A training run: everything that changes while it trains, and how that is saved and restored."""
+class _Run(Run):
+    """Training of the two adapters on pairs."""
 
     def __init__(self, config: TrainConfig, train: Pairs, held_out: Pairs | None, directory: Path | None):
         torch.manual_seed(config.seed)
-        self.config, self.train, self.held_out, self.directory = config, train, held_out, directory
-        self.device = train.device
-        model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive)
-        self.model = model.to(self.device)
-        self.steps = math.ceil(train.images / config.batch_size)  # per epoch
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
-        total = config.epochs * self.steps
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, total)
+        model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive).to(train.device)
+        steps = math.ceil(train.images / config.batch_size)
+        super().__init__(
+            format="fastprob.training/2",
+            model=model,
+            optimizer=torch.optim.Adam(model.parameters(), lr=config.lr, fused=True),
+            rate=lambda step: cosine(step / (config.epochs * steps)),
+            epochs=config.epochs,
+            steps=steps,
+            directory=directory,
+        )
+        self.config, self.train_pairs, self.held_out = config, train, held_out
         self.options = {name: getattr(config, name) for name in _LOSS_OPTIONS}
-        self.epoch, self.step = 0, 0  # the step to take next
-        self.losses = torch.zeros(self.steps, device=self.device)  # [S], of this epoch, on the device
-        self.best = math.inf
-        self.history = {"step_loss": [], "train_loss": [], "val_nll": []}
+        self.history["val_nll"] = []
 
     def start(self) -> None:
         self.history["nll_before"] = self.score_nll()
-        self.save()
+        super().start()
 
-    def bar(self, progress: bool) -> tqdm:
-        done, total = self.epoch * self.steps + self.step, self.config.epochs * self.steps
-        return tqdm(total=total, initial=done, desc="fit", unit="step", disable=not progress)
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.train_pairs.epoch(self.config.seed, self.epoch, self.config.batch_size, self.step)
 
-    def train_epoch(self, bar: tqdm, interrupted: threading.Event) -> None:
-        for image, text in self.train.epoch(self.config.seed, self.epoch, self.config.batch_size, self.step):
-            self.losses[self.step] = self.update(image, text)
-            self.step += 1
-            bar.update()
-            if self.step % _REPORT_EVERY == 0:
-                bar.set_postfix(epoch=self.epoch, loss=f"{self.check_finite()[-1]:.4f}", refresh=False)
-            if interrupted.is_set() and self.step < self.steps:
-                self.check_finite()
-                self.save()
-                raise KeyboardInterrupt
-        self.end_epoch()
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-
-    def update(self, image: Tensor, text: Tensor) -> Tensor:
-        """One step of Adam on a batch, image [B, D] and text [B, D]; the loss stays on the device."""
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """image [B, D], text [B, D]."""
         of_image, of_text = self.model(image, text)
-        loss = fastprob.probvlm_loss(*of_image, *of_text, image, text, **self.options)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        return loss.detach()
+        return fastprob.probvlm_loss(*of_image, *of_text, image, text, **self.options)
 
-    def end_epoch(self) -> None:
-        losses = self.check_finite()
-        mean = sum(losses) / len(losses)
-        self.history["step_loss"] += losses
-        self.history["train_loss"].append(mean)
-        score = mean if self.held_out is None else self.score_nll()
+    def epoch_ended(self, train_loss: float) -> None:
+        score = train_loss if self.held_out is None else self.score_nll()
         if self.held_out is not None:
             self.history["val_nll"].append(score)
-        self.epoch, self.step = self.epoch + 1, 0
         if self.epoch == self.config.epochs:
             self.history["nll_after"] = self.score_nll() if self.held_out is None else score
         if score < self.best:
             self.best = score
             if self.directory is not None:
                 self.model.save(self.directory / "best.safetensors")
-        self.save()
-
-    def check_finite(self) -> list[float]:
-        """The losses of this epoch so far. Raises FloatingPointError if one, or a weight, is not finite."""
-        losses = self.losses[: self.step].tolist()
-        bad = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        what = "weights" if bad is None else f"loss ({losses[bad]})"
-        if bad is not None or not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
-            step = self.step - 1 if bad is None else bad
-            saved = "" if self.directory is None else f"; {self.directory / 'last.pt'} is from before"
-            raise FloatingPointError(
-                f"fit: the {what} stopped being finite at epoch {self.epoch}, step {step}; "
-                f"try a lower lr than {self.config.lr}{saved}"
-            )
-        return losses
 
     def score_nll(self) -> float:
-        return _nll(self.model, self.held_out or self.train, self.config.cross_weight, self.config.form)
+        return _nll(self.model, self.held_out or self.train_pairs, self.config.cross_weight, self.config.form)
 
     def identity(self) -> dict:
-        """What a checkpoint must have in common with the run that resumes from it."""
-        data = {"images": self.train.images, "captions": self.train.captions, "dim": self.train.dim}
+        pairs = self.train_pairs
+        data = {"images": pairs.images, "captions": pairs.captions, "dim": pairs.dim}
         held_out = self.held_out and {"images": self.held_out.images, "captions": self.held_out.captions}
         return {**asdict(self.config), "data": data, "validation": held_out}
-
-    def save(self) -> None:
-        if self.directory is None:
-            return
-        state = {
-            "format": _FORMAT,
-            "identity": self.identity(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "losses": self.losses,
-            "best": self.best,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": random_state(self.device),
-        }
-        write_atomically(self.directory / "last.pt", lambda path: torch.save(state, path))
-        history = json.dumps({"config": asdict(self.config), **self.history})
-        write_atomically(self.directory / "history.json", lambda path: path.write_text(history))
-
-    def load(self) -> None:
-        path = self.directory / "last.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"fit: {path} must be a checkpoint of format {_FORMAT!r}")
-        for field, ours in self.identity().items():
-            theirs = state["identity"].get(field)
-            if theirs != ours:
-                raise ValueError(f"fit: {path} was trained with {field}={theirs!r}, got {field}={ours!r}")
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.history = state["history"]
-        self.losses.copy_(state["losses"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        set_random_state(self.device, state["random"])

@@ -1,0 +1,233 @@
+"""What every training shares: a run that is saved, restored and interrupted between steps, and written atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+_REPORT_EVERY = 50
+"""Steps between reads of the loss from the device: for the progress bar, and to stop at a NaN soon."""
+
+
+class Run:
+    """Everything that changes while a model trains, and how that is saved and restored.
+
+    A subclass says `batches`, `loss`, `identity` and, if something else is to happen, `start` and `epoch_ended`. Its
+    directory (None: nothing is written) holds last.pt, what a run resumes from, and history.json: the loss of every
+    step and epoch, and what the subclass adds; each is replaced in one step.
+
+    format: of last.pt; model, optimizer: what trains; lr: what a message names; rate(step): the share of it at a step;
+    epochs, steps: of the run and of an epoch; scaler: of a loss in half precision.
+    """
+
+    def __init__(
+        self,
+        *,
+        format: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rate: Callable[[int], float],
+        epochs: int,
+        steps: int,
+        directory: Path | None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.format, self.model, self.optimizer, self.directory = format, model, optimizer, directory
+        self.epochs, self.steps = epochs, steps
+        self.device = next(model.parameters()).device
+        self.lr = optimizer.param_groups[0]["lr"]
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.epoch, self.step = 0, 0  # the step to take next
+        self.losses = torch.zeros(steps, device=self.device)  # [S], of this epoch, on the device
+        self.best = math.inf
+        self.history: dict[str, Any] = {"step_loss": [], "train_loss": []}
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of epoch `self.epoch` from step `self.step` on."""
+        raise NotImplementedError
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that resumes from it."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Before the first step."""
+        self.save()
+
+    def epoch_ended(self, train_loss: float) -> None:
+        """After the last step of an epoch, before the run is saved."""
+
+    def train(self, *, resume: bool, progress: bool) -> None:
+        """All epochs, or those that are left; KeyboardInterrupt after Ctrl-C, between two steps."""
+        if resume:
+            self.load()
+        else:
+            self.start()
+        done = self.epoch * self.steps + self.step
+        bar = tqdm(total=self.epochs * self.steps, initial=done, desc="fit", unit="step", disable=not progress)
+        with interrupt_between_steps() as interrupted, bar:
+            while self.epoch < self.epochs:
+                self.train_epoch(bar, interrupted)
+
+    def train_epoch(self, bar: tqdm, interrupted: threading.Event) -> None:
+        for batch in self.batches():
+            self.losses[self.step] = self.update(*batch)
+            self.step += 1
+            bar.update()
+            if self.step % _REPORT_EVERY == 0:
+                bar.set_postfix(epoch=self.epoch, loss=f"{self.check_finite()[-1]:.4f}", refresh=False)
+            if interrupted.is_set() and self.step < self.steps:
+                self.check_finite()
+                self.save()
+                raise KeyboardInterrupt
+        self.end_epoch()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+
+    def update(self, *batch: Tensor) -> Tensor:
+        """One step of the optimiser on a batch; the loss stays on the device."""
+        loss = self.loss(*batch)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        return loss.detach()
+
+    def end_epoch(self) -> None:
+        losses = self.check_finite()
+        mean = sum(losses) / len(losses)
+        self.history["step_loss"] += losses
+        self.history["train_loss"].append(mean)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch_ended(mean)
+        self.save()
+
+    def check_finite(self) -> list[float]:
+        """The losses of this epoch so far. Raises FloatingPointError if one, or a weight, is not finite."""
+        losses = self.losses[: self.step].tolist()
+        bad = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        what = "weights" if bad is None else f"loss ({losses[bad]})"
+        if bad is not None or not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            step = self.step - 1 if bad is None else bad
+            saved = "" if self.directory is None else f"; {self.directory / 'last.pt'} is from before"
+            raise FloatingPointError(
+                f"fit: the {what} stopped being finite at epoch {self.epoch}, step {step}; "
+                f"try a lower lr than {self.lr}{saved}"
+            )
+        return losses
+
+    def save(self) -> None:
+        if self.directory is None:
+            return
+        state = {
+            "format": self.format,
+            "identity": self.identity(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "losses": self.losses,
+            "best": self.best,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(self.device),
+        }
+        write_atomically(self.directory / "last.pt", lambda path: torch.save(state, path))
+        history = json.dumps({"config": self.identity(), **self.history})
+        write_atomically(self.directory / "history.json", lambda path: path.write_text(history))
+
+    def load(self) -> None:
+        path = self.directory / "last.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or state.get("format") != self.format:
+            raise ValueError(f"fit: {path} must be a checkpoint of format {self.format!r}")
+        for field, ours in self.identity().items():
+            theirs = state["identity"].get(field)
+            if theirs != ours:
+                raise ValueError(f"fit: {path} was trained with {field}={theirs!r}, got {field}={ours!r}")
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.history = state["history"]
+        self.losses.copy_(state["losses"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_state(self.device, state["random"])
+
+
+def cosine(share: float) -> float:
+    """From 1 to 0 as `share` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+@contextmanager
+def interrupt_between_steps() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event that is yielded, so that no step is cut in half; a second one raises as usual."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield interrupted
+        return
+
+    def note(*_):
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)
+
+
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(device, state)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Whoever reads `path` sees the old content or the new, never a part, also if the process dies.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
