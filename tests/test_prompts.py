@@ -191,10 +191,10 @@ def methods(model, tokenizer):
             {"ctx": (4, 32), "meta_net.linear1.weight": (1, 24), "meta_net.linear1.bias": (1,),
              "meta_net.linear2.weight": (32, 1), "meta_net.linear2.bias": (32,)},
         ),
-        "VPT": (VPT(model, text, length=3), {"vis_ctx": (3, 48)}),
+        "VPT": (VPT(model, text, length=3), {"vis_ctx": (1, 3, 48)}),
         "VPT, deep": (VPT(model, text, length=3, deep=True), {"vis_ctx": (2, 3, 48)}),
         "DAPT": (
-            DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3), {"vis_ctx": (3, 48), "txt_ctx": (L, 32)},
+            DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3), {"vis_ctx": (1, 3, 48), "txt_ctx": (L, 32)},
         ),
     }  # fmt: skip
 
@@ -222,7 +222,13 @@ def test_tunes_its_context_alone_and_learns(model, tokenizer, name):
 def test_released_checkpoints_load(model, tokenizer, tmp_path):
     source, target = (CoOp(model, tokenizer, NAMES, context_length=L) for _ in range(2))
     prefix = {"token_prefix": torch.zeros(5, 1, 32), "token_suffix": torch.zeros(5, 15, 32)}
-    torch.save({"state_dict": {**source.state_dict(), **prefix}, "epoch": 50}, tmp_path / "model.pth.tar-50")
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9)
+    source.ctx.sum().backward()
+    optimizer.step()
+    # Dassl's warm-up keeps the schedule that follows it as an object, and its state with it
+    scheduler = {"last_epoch": 50, "successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)}
+    state = {"state_dict": {**source.state_dict(), **prefix}, "epoch": 50, "optimizer": optimizer.state_dict()}
+    torch.save({**state, "scheduler": scheduler, "val_result": None}, tmp_path / "model.pth.tar-50")
     target.load_released(tmp_path / "model.pth.tar-50")
     assert torch.equal(source.ctx, target.ctx)
     other = CoOp(model, tokenizer, NAMES, context_length=L + 1)
@@ -235,6 +241,14 @@ def test_image_prompts_without_effect_leave_the_features_alone(model):
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     method = VPT(model, torch.randn(5, 24, dtype=torch.float64), length=0).double()
     torch.testing.assert_close(method.image_features(images), model.encode_image(images, normalize=True))
+
+
+def test_dropout_of_image_prompts_is_of_each_image(model):
+    torch.manual_seed(0)
+    method = VPT(model, torch.randn(5, 24, dtype=torch.float64), length=3, dropout=0.5).double()
+    images = torch.randn(1, 3, 16, 16, dtype=torch.float64).expand(4, -1, -1, -1)
+    assert len(method.image_features(images).unique(dim=0)) == 4
+    assert torch.pdist(method.eval().image_features(images)).max() < 1e-9
 
 
 def test_dapt_loss_is_its_three_terms(model, tokenizer):

@@ -21,6 +21,21 @@ from fastprob.ops import gaussian_potential
 from fastprob.prompts.encoder import PromptTextEncoder
 
 
+class _Ignored:
+    """Stands for the objects beside the weights of a released checkpoint: its schedule and optimiser."""
+
+    def __setstate__(self, state):
+        pass
+
+
+_IN_RELEASED = [
+    (_Ignored, "torch.optim.lr_scheduler.CosineAnnealingLR"),
+    (_Ignored, "torch.optim.sgd.SGD"),
+    (lambda *_: {}, "collections.defaultdict"),
+    dict,
+]
+
+
 class _Prompted(nn.Module):
     """What the methods share: the frozen model, which is the caller's and not in the state dict."""
 
@@ -46,7 +61,8 @@ class _Prompted(nn.Module):
         Its buffers token_prefix and token_suffix, the frozen model's embeddings, are left out. Raises ValueError for a
         file with other weights.
         """
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_IN_RELEASED):
+            state = torch.load(file, map_location="cpu", weights_only=True)
         state = {
             name.removeprefix("prompt_learner."): weight for name, weight in state.get("state_dict", state).items()
         }
@@ -161,7 +177,7 @@ def _embedding_dim(encoder: PromptTextEncoder) -> int:
 
 
 def visual_context(visual: nn.Module, length: int, deep: bool) -> nn.Parameter:
-    """[L, d], or [layers, L, d] if deep, from U(+-sqrt(6 / (3 p^2 + d))) for patches of p x p pixels.
+    """[1, L, d], as released, or [layers, L, d] if deep, from U(+-sqrt(6 / (3 p^2 + d))) for patches of p x p pixels.
 
     Raises ValueError for a tower that is no VisionTransformer of open_clip's.
     """
@@ -169,20 +185,18 @@ def visual_context(visual: nn.Module, length: int, deep: bool) -> nn.Parameter:
         raise ValueError(f"VPT: model.visual must be open_clip's VisionTransformer, got {type(visual).__name__}")
     weight = visual.conv1.weight  # [d, 3, p, p]
     bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
-    shape = (len(visual.transformer.resblocks),) * deep + (length, weight.shape[0])
+    shape = (len(visual.transformer.resblocks) if deep else 1, length, weight.shape[0])
     return nn.Parameter(torch.empty(shape, device=weight.device).uniform_(-bound, bound))
 
 
 def prompted_image_features(visual: VisionTransformer, images: Tensor, prompts: Tensor) -> Tensor:
     """Image features with vectors between class token and patches, after ln_pre and without positions.
 
-    images: [B, 3, H, W]; prompts: [L, d], or [layers, L, d] for other ones in every block, in place of those that
-    come out of the block before. Returns [B, D], not normalised.
+    images: [B, 3, H, W]; prompts: [1, B, L, d], or [layers, B, L, d] for other ones in every block, in place of those
+    that come out of the block before. Returns [B, D], not normalised.
     """
     x = visual._embeds(images)
-    length = prompts.shape[-2]
-    layers = prompts[None] if prompts.dim() == 2 else prompts
-    layers = layers.to(x.dtype)[:, None].expand(-1, len(x), -1, -1)  # [1 or layers, B, L, d]
+    length, layers = prompts.shape[-2], prompts.to(x.dtype)
     x = torch.cat([x[:, :1], layers[0], x[:, 1:]], dim=1)
     for i, block in enumerate(visual.transformer.resblocks):
         if 0 < i < len(layers):
@@ -202,7 +216,8 @@ class _VisuallyPrompted(_Prompted):
 
     def image_features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D] of unit norm."""
-        return F.normalize(prompted_image_features(self.model.visual, images, self.dropout(self.vis_ctx)), dim=-1)
+        prompts = self.dropout(self.vis_ctx[:, None].expand(-1, len(images), -1, -1))
+        return F.normalize(prompted_image_features(self.model.visual, images, prompts), dim=-1)
 
 
 class VPT(_VisuallyPrompted):
@@ -219,6 +234,10 @@ class VPT(_VisuallyPrompted):
     def __init__(self, model: nn.Module, text: Tensor, *, length: int = 16, deep: bool = False, dropout: float = 0.0):
         super().__init__(model, length, deep, dropout)
         self.register_buffer("text", F.normalize(text.detach(), dim=-1), persistent=False)
+
+    def text_features(self) -> Tensor:
+        """[C, D] class embeddings of unit norm."""
+        return self.text
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(self.image_features(images), self.text)
@@ -281,5 +300,5 @@ def prototypes(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     counts = torch.bincount(labels, minlength=classes)
     if len(counts) != classes or not counts.all():
         raise ValueError(f"prototypes: labels must name each of the {classes} classes, got counts {counts.tolist()}")
-    sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, F.normalize(features, dim=-1))
-    return sums / counts[:, None]
+    members = F.one_hot(labels, classes).to(features.dtype)  # a product adds in the same order every time
+    return members.T @ F.normalize(features, dim=-1) / counts[:, None]
