@@ -16,7 +16,7 @@ from fastprob.demo.eager import BASELINES
 
 SECONDS = {"cpu": 8.0, "cuda": 2.0}  # of all implementations of a case together
 DIRECTIONS = ("forward", "forward+backward")
-FROZEN = {"image", "text", "target"}  # tensors that ask for no gradient: embeddings
+FROZEN = {"image", "text", "target", "prototypes", "labels"}  # tensors that ask for no gradient: embeddings
 L2_SETS = 4  # inputs and results of all sets together: so many times the L2 cache, where 16 sets reach that
 AUTOTUNED = ("probvlm_loss", (8192, 512))  # max-autotune takes its time
 GPU_INPUTS = [
@@ -30,6 +30,7 @@ GPU_INPUTS = [
 
 POTENTIAL = {"cpu": [(1000, 512)], "cuda": [(1000, 512), (21000, 512)]}  # ImageNet's classes, ImageNet-21k's
 PDIST_LIMIT = 1448  # points that pdist's backward pass takes on a GPU
+CLASSES = 100  # of prototype_dispersion
 
 
 def cases():
@@ -37,6 +38,7 @@ def cases():
         for device, shapes in POTENTIAL.items():
             for shape in shapes:
                 yield Case("gaussian_potential", shape, "float32", direction, device)
+            yield Case("prototype_dispersion", (1024, 512), "float32", direction, device)
     for op in [op for op in OPS if OPS[op].elementwise]:
         for direction in DIRECTIONS:
             yield Case(op, (1024, 512), "float32", direction, "cpu")
@@ -66,11 +68,19 @@ PARAMETERS = [
 ]
 
 
+def shapes(case: Case) -> list[tuple[int, ...]]:
+    """Of the operator's tensors: the case's, as a rule."""
+    if case.op == "prototype_dispersion":
+        return [case.shape, (CLASSES, case.shape[1]), case.shape[:1]]
+    return [case.shape] * len(OPS[case.op].tensors)
+
+
 def inputs(case: Case) -> list[torch.Tensor]:
-    """The tensors of the operator's first sample, in the case's shape."""
+    """The tensors of the operator's first sample, in the case's shapes."""
+    remaining = iter(shapes(case))
 
     def make(*_, low=-2.0, high=2.0):
-        values = torch.empty(case.shape, device=case.device).uniform_(low, high)
+        values = torch.empty(next(remaining), device=case.device).uniform_(low, high)
         values = values if op.elementwise else torch.nn.functional.normalize(values, dim=1)
         return values.to(getattr(torch, case.dtype))
 
@@ -82,12 +92,16 @@ def inputs(case: Case) -> list[torch.Tensor]:
 def least_bytes(case: Case) -> int:
     """Bytes of every input read and every result written once, and again where a backward pass has to come back."""
     op = OPS[case.op]
-    read, grads = len(op.tensors), len([name for name in op.tensors if name not in FROZEN])
-    written = 0 if op.is_scalar and op.is_scalar(**op.options) else 1
-    passes = read + written
-    if case.direction == "forward+backward":
-        passes += grads + (0 if written == 0 else read + 1)
-    return passes * math.prod(case.shape) * getattr(torch, case.dtype).itemsize
+    itemsize = getattr(torch, case.dtype).itemsize
+    sizes = {
+        name: math.prod(shape) * (torch.int64.itemsize if name in op.indices else itemsize)
+        for name, shape in zip(op.tensors, shapes(case))
+    }
+    read, grads = sum(sizes.values()), sum(size for name, size in sizes.items() if name not in FROZEN)
+    written = 0 if op.is_scalar and op.is_scalar(**op.options) else math.prod(case.shape) * itemsize
+    if case.direction == "forward":
+        return read + written
+    return read + written + grads + (0 if written == 0 else read + written)
 
 
 def implementation(case: Case, name: str) -> Implementation:

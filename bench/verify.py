@@ -28,6 +28,7 @@ def all_backends(name: str, device: str) -> list[str]:
 
 
 def value_and_grads(function, tensors) -> list[torch.Tensor]:
+    """The value, and the gradients of those tensors that ask for one."""
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
     value = function(*leaves)
     return [value.detach(), *torch.autograd.grad(value, [t for t in leaves if t.requires_grad], torch.ones_like(value))]
@@ -37,7 +38,7 @@ def check(name: str, tensors) -> None:
     """Raises AssertionError unless every backend is within the tests' error budget, the reference being the truth."""
     op, function = OPS[name], getattr(fastprob, name)
     with fastprob.backend("reference"):
-        truth = value_and_grads(function, [t.double() for t in tensors])
+        truth = value_and_grads(function, tests_conftest.cast(tensors, torch.float64))
         reference = value_and_grads(function, tensors)
     outputs = ["value", *(f"gradient of {n}" for n, t in zip(op.tensors, tensors) if t.requires_grad)]
     exempt = tests_conftest.overflows(truth[0], tensors[0].dtype)
@@ -55,9 +56,9 @@ def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
     try:
         for tensors, options in op.samples(tests_conftest.maker(dtype, device)):
             if op.options | options == op.options:
-                check(name, [t.requires_grad_() for t in tensors])
+                check(name, tests_conftest.leaves_of(tensors))
         *_, (tensors, _) = op.samples(tests_conftest.maker())
-        tensors = [t.requires_grad_() for t in tensors]
+        tensors = tests_conftest.leaves_of(tensors)
         truth = value_and_grads(op.reference, tensors)
         for baseline, function in BASELINES.get(name, {}).items():
             for actual, expected in zip(value_and_grads(function, tensors), truth):

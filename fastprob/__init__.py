@@ -2,10 +2,19 @@
 
 from fastprob._backends import backend, info, load
 from fastprob._version import __version__
-from fastprob.ops import gaussian_potential, ggd_nll, ggd_variance, probvlm_loss
+from fastprob.ops import gaussian_potential, ggd_nll, ggd_variance, probvlm_loss, prototype_dispersion
 
 load()
 del load
 
 
-__all__ = ["__version__", "backend", "gaussian_potential", "ggd_nll", "ggd_variance", "info", "probvlm_loss"]
+__all__ = [
+    "__version__",
+    "backend",
+    "gaussian_potential",
+    "ggd_nll",
+    "ggd_variance",
+    "info",
+    "probvlm_loss",
+    "prototype_dispersion",
+]

@@ -9,7 +9,8 @@
 
 The function's body is their kernel on every device (CompositeExplicitAutograd) and, run on fake tensors, their
 shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says
-that tensor input i wants its gradient; one that is not wanted comes back as an empty tensor of shape (0,).
+that tensor input i wants its gradient; one that is not wanted, as an integer input's never is, comes back as an empty
+tensor of shape (0,).
 """
 
 from __future__ import annotations
@@ -35,15 +36,21 @@ class Op:
     name: str
     signature: inspect.Signature
     reference: Callable[..., Tensor]
-    gradient: Callable[..., tuple[Tensor, ...]]
+    gradient: Callable[..., tuple]
     check: Callable[..., None]
     samples: Callable[..., Iterator[tuple[tuple, dict]]]
     is_scalar: Callable[..., bool] | None
     elementwise: bool
+    indices: tuple[str, ...]
 
     @functools.cached_property
     def tensors(self) -> list[str]:
         return [k for k, p in self.signature.parameters.items() if p.kind is not p.KEYWORD_ONLY]
+
+    @functools.cached_property
+    def differentiable(self) -> list[str]:
+        """The tensors but for the indices, which come last."""
+        return [k for k in self.tensors if k not in self.indices]
 
     @functools.cached_property
     def options(self) -> dict[str, object]:
@@ -77,20 +84,22 @@ class Op:
         )
 
 
-def operator(*, gradient, check, samples, is_scalar=None, elementwise=True):
+def operator(*, gradient, check, samples, is_scalar=None, elementwise=True, indices=()):
     """Registers the decorated reference as `torch.ops.fastprob.<name>` and returns the function that users call.
 
     Args:
-        gradient: `gradient(grad, *tensors, **options)` -> one gradient per tensor, in differentiable torch code.
+        gradient: `gradient(grad, *tensors, **options)` -> one gradient per tensor, in differentiable torch code, and
+            None for each of `indices`.
         check: `check(**arguments)` raises ValueError; dtype, device and broadcasting are checked for every operator.
         samples: `samples(make)` yields `(tensors, options)`; `make(*shape, low, high)` draws a tensor.
         is_scalar: `is_scalar(**options)`, where true the forward pass computes the gradients too.
         elementwise: broadcast the tensors to one shape; otherwise `check` says which shapes go together.
+        indices: the names of int64 tensors, the last ones of the signature; they have no gradient.
     """
 
     def register(reference):
         signature = inspect.signature(reference)
-        op = Op(reference.__name__, signature, reference, gradient, check, samples, is_scalar, elementwise)
+        op = Op(reference.__name__, signature, reference, gradient, check, samples, is_scalar, elementwise, indices)
         _define(op)
         OPS[op.name] = op
         apply, value = _autograd_function(op).apply, getattr(torch.ops.fastprob, op.name).default
@@ -153,15 +162,20 @@ def one_of(op: str, name: str, value: object, choices: tuple) -> None:
 
 
 def _check_tensors(op: Op, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors on one device, of one dtype (float32 under autocast) and, if elementwise, of one shape."""
+    """The tensors on one device, of one dtype (float32 under autocast; indices of int64), broadcast if elementwise."""
     for name, t in zip(op.tensors, tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op.name}: {name} must be a tensor, got {type(t).__name__}")
-    first = tensors[0]
+    first, count = tensors[0], len(op.differentiable)
     if first.device.type != "meta" and torch.is_autocast_enabled(first.device.type):
-        tensors = [t if t.dtype == torch.float64 else t.float() for t in tensors]
+        tensors = [t if t.dtype == torch.float64 else t.float() for t in tensors[:count]] + tensors[count:]
         first = tensors[0]
-    for name, t in zip(op.tensors, tensors):
+    for name, t in zip(op.indices, tensors[count:]):
+        if t.dtype != torch.int64:
+            raise ValueError(f"{op.name}: {name} must be int64, got {t.dtype}")
+        if t.device != first.device:
+            raise ValueError(f"{op.name}: {name} must be on {first.device} as {op.tensors[0]} is, got {t.device}")
+    for name, t in zip(op.differentiable, tensors):
         if t.dtype not in DTYPES:
             raise ValueError(f"{op.name}: {name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
         if t.dtype != first.dtype or t.device != first.device:
@@ -207,14 +221,16 @@ def _autograd_function(op: Op) -> type[torch.autograd.Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            options = dict(zip(names, ctx.option_values))
+            options, last = dict(zip(names, ctx.option_values)), 1 + len(op.differentiable)
+            indices = ctx.saved_tensors[last:]  # vjp would ask them for gradients
 
-            def wanted(grad, *tensors):
-                return tuple(g for i, g in enumerate(op.gradient(grad, *tensors, **options)) if ctx.needs >> i & 1)
+            def wanted(*tensors):
+                gradients = op.gradient(*tensors, *indices, **options)
+                return tuple(g for i, g in enumerate(gradients) if ctx.needs >> i & 1)
 
-            _, vjp = torch.func.vjp(wanted, *ctx.saved_tensors)
+            _, vjp = torch.func.vjp(wanted, *ctx.saved_tensors[:last])
             seconds = vjp(tuple(g for i, g in enumerate(grads) if ctx.needs >> i & 1))
-            return None, *seconds, *[None] * len(names)
+            return None, *seconds, *[None] * (len(indices) + len(names))
 
     class Value(torch.autograd.Function):
         generate_vmap_rule = True

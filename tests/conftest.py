@@ -24,6 +24,16 @@ def maker(dtype=torch.float64, device="cpu"):
     return make
 
 
+def cast(tensors, dtype):
+    """The tensors in another dtype; indices stay integers."""
+    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+
+
+def leaves_of(tensors):
+    """Copies that ask for gradients; indices cannot."""
+    return [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
 def overflows(truth, dtype):
     """Where float64 truth is finite, but not (or hardly) in this dtype."""
     return truth.isfinite() & (truth.abs() > torch.finfo(dtype).max / 4)

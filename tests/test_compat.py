@@ -1,4 +1,4 @@
-"""The released ProbVLM names: values, gradients and checkpoints against the released formulas, written down again."""
+"""The released names of ProbVLM and terms of DAPT: values, gradients and checkpoints against the released formulas."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fastprob.compat import dapt
 from fastprob.compat.probvlm import (
     BayesCap_for_CLIP,
     BayesCap_MLP,
@@ -191,3 +192,25 @@ def test_monte_carlo_passes_leave_the_module_alone(training):
         assert torch.equal(net.state_dict()[name], tensor)
     mu.sum().backward()  # the weights are the module's own
     assert net.img_BayesCap.mod[0].weight.grad.abs().sum() > 0
+
+
+# ---- DAPT -----------------------------------------------------------------------------------------------------------
+
+
+def test_dapt_dispersion_terms_as_released():
+    generator = torch.Generator().manual_seed(0)
+    text, image, prototype = (torch.randn(n, 24, generator=generator).double() for n in (7, 9, 7))
+    text, image = (torch.nn.functional.normalize(x, dim=1).requires_grad_() for x in (text, image))
+    label = torch.tensor([0, 6, 3, 3, 1, 2, 5, 5, 5])
+    released_i = torch.nn.functional.mse_loss(image, prototype[label])
+    assert_same(dapt.visual_dispersion(image, prototype, label), released_i, [image])
+    released_t = torch.pdist(text.to(torch.float), p=2).pow(2.0).mul(-3.0).exp().mean()
+    actual_t = dapt.text_dispersion(text, 3.0)
+    torch.testing.assert_close(actual_t, released_t)
+    gradients = [torch.autograd.grad(term, text)[0] for term in (actual_t, released_t)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    half = image.detach().half().requires_grad_()  # the trainer's dtype, with prototypes from a file
+    torch.testing.assert_close(
+        dapt.visual_dispersion(half, prototype, label), torch.nn.functional.mse_loss(half, prototype.half()[label])
+    )
+    assert dapt.text_dispersion(text[:1]) == 0

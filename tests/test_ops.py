@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_within_budget, maker, overflows
+from conftest import assert_within_budget, cast, leaves_of, maker, overflows
 from torch.autograd import forward_ad
 
 import fastprob
@@ -42,21 +42,22 @@ def call(op, tensors, options):
 
 
 def value_and_grads(op, tensors, options, grad=None):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    """The value, and the gradients of all tensors that have one."""
+    leaves = leaves_of(tensors)
     value = call(op, leaves, options)
     if value.requires_grad:
         value.backward(torch.ones_like(value) if grad is None else grad.to(value.dtype))
-    return [value.detach(), *[leaf.grad for leaf in leaves]]
+    return [value.detach(), *[leaf.grad for leaf in leaves[: len(op.differentiable)]]]
 
 
 def check_budget(op, tensors, options):
     """Values and gradients of the kernels against the reference in the same dtype, and both against float64."""
     with fastprob.backend("reference"):
-        truth = value_and_grads(op, [t.double() for t in tensors], options)
+        truth = value_and_grads(op, cast(tensors, torch.float64), options)
         reference = value_and_grads(op, tensors, options)
     actual = value_and_grads(op, tensors, options)
     exempt = overflows(truth[0], tensors[0].dtype)  # no gradient is asked of a value that overflows
-    for what, a, r, t in zip(["value", *op.tensors], actual, reference, truth):
+    for what, a, r, t in zip(["value", *op.differentiable], actual, reference, truth):
         assert_within_budget(a, r, t, f"{op.name} {what} {options}", exempt)
 
 
@@ -90,8 +91,8 @@ def test_extreme_parameters_and_ties(op):
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_nan_inf_and_outside_the_domain_as_the_reference(op, bad):
     for tensors, options in small_samples(op):
-        for i in range(len(tensors)):
-            inputs = [t.float() for t in tensors]
+        for i in range(len(op.differentiable)):
+            inputs = cast(tensors, torch.float32)
             inputs[i][1, 2] = bad
             check_budget(op, inputs, options)
             value, *grads = value_and_grads(op, inputs, options)
@@ -102,7 +103,7 @@ def test_nan_inf_and_outside_the_domain_as_the_reference(op, bad):
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_first_and_second_derivatives(op):
     for tensors, options in small_samples(op):
-        leaves = [t.requires_grad_() for t in tensors]
+        leaves = leaves_of(tensors)
         assert torch.autograd.gradcheck(lambda *t: call(op, t, options), leaves, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(lambda *t: call(op, t, options), leaves)
 
@@ -111,10 +112,9 @@ def test_first_and_second_derivatives(op):
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_opcheck(op, dtype):
     for tensors, options in small_samples(op):
-        tensors = [t.to(dtype) for t in tensors]
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        torch.library.opcheck(getattr(torch.ops.fastprob, op.name).default, leaves, options)
-        needs = {**options, "needs": 2 ** len(tensors) - 2}
+        tensors = cast(tensors, dtype)
+        torch.library.opcheck(getattr(torch.ops.fastprob, op.name).default, leaves_of(tensors), options)
+        needs = {**options, "needs": 2 ** len(op.differentiable) - 2}
         grad = torch.ones_like(call(op, tensors, options))
         torch.library.opcheck(getattr(torch.ops.fastprob, f"_{op.name}_backward").default, (grad, *tensors), needs)
         if op.is_scalar and op.is_scalar(**{**op.options, **options}):
@@ -133,9 +133,10 @@ def test_compile_fullgraph(op, dynamic):
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
     for rows in (3, 7) if dynamic else (3,):
-        inputs = [t[:1].repeat(rows, 1).requires_grad_() for t in tensors]
-        expected = torch.autograd.grad(step(*inputs).sum(), inputs)
-        for a, b in zip(torch.autograd.grad(compiled(*inputs).sum(), inputs), expected):
+        inputs = leaves_of([t[:1].expand(rows, *t.shape[1:]) for t in tensors])
+        leaves = inputs[: len(op.differentiable)]
+        expected = torch.autograd.grad(step(*inputs).sum(), leaves)
+        for a, b in zip(torch.autograd.grad(compiled(*inputs).sum(), leaves), expected):
             torch.testing.assert_close(a, b)
 
 
@@ -148,17 +149,17 @@ def test_without_gradients(op):
     compiled = torch.compile(lambda *t: 2 * call(op, t, options), fullgraph=True)
     torch.testing.assert_close(compiled(*tensors), 2 * expected)
     with torch.no_grad():
-        torch.testing.assert_close(call(op, [t.requires_grad_() for t in tensors], options), expected)
+        torch.testing.assert_close(call(op, leaves_of(tensors), options), expected)
     assert call(op, [t.to("meta") for t in tensors], options).shape == expected.shape
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_autocast_computes_in_float32(op):
     for tensors, options in small_samples(op):
-        mixed = [t.bfloat16() if i % 2 else t.float() for i, t in enumerate(tensors)]
+        mixed = [cast([t], torch.bfloat16 if i % 2 else torch.float32)[0] for i, t in enumerate(tensors)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = value_and_grads(op, mixed, options)
-        expected = value_and_grads(op, [t.float() for t in mixed], options)
+        expected = value_and_grads(op, cast(mixed, torch.float32), options)
         assert actual[0].dtype == torch.float32
         torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=0)
         for a, e, t in zip(actual[1:], expected[1:], mixed):
@@ -167,12 +168,12 @@ def test_autocast_computes_in_float32(op):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_func_grad_and_vmap(op):
-    everything = tuple(range(len(op.tensors)))
+    everything = tuple(range(len(op.differentiable)))
     for tensors, options in small_samples(op):
         expected = value_and_grads(op, tensors, options)
         grads = torch.func.grad(lambda *t: call(op, t, options).sum(), argnums=everything)
         torch.testing.assert_close(list(grads(*tensors)), expected[1:])
-        batched = [torch.stack([t, t.flip(0), t / 2]) for t in tensors]
+        batched = [torch.stack([t, t.flip(0), (t / 2).to(t.dtype)]) for t in tensors]
         for row, *by_row in zip(range(3), *torch.func.vmap(grads)(*batched)):
             torch.testing.assert_close(by_row, value_and_grads(op, [t[row] for t in batched], options)[1:])
         values = torch.func.vmap(lambda *t: call(op, t, options), in_dims=(*[None] * (len(tensors) - 1), 0))
@@ -183,17 +184,20 @@ def test_func_grad_and_vmap(op):
 @pytest.mark.parametrize("op", OPS.values(), ids=name_of)
 def test_forward_mode_raises_rather_than_being_wrong(op):
     tensors, options = next(small_samples(op))
+    count = len(op.differentiable)
+    floats, indices = tensors[:count], tensors[count:]
+    ones = [torch.ones_like(t) for t in floats]
     with pytest.raises(RuntimeError, match=r"forward|jvp"):
-        torch.func.jvp(lambda *t: call(op, t, options), tuple(tensors), tuple(torch.ones_like(t) for t in tensors))
+        torch.func.jvp(lambda *t: call(op, [*t, *indices], options), tuple(floats), tuple(ones))
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward|jvp"):
-        call(op, [forward_ad.make_dual(t, torch.ones_like(t)) for t in tensors], options)
+        call(op, [*map(forward_ad.make_dual, floats, ones), *indices], options)
 
 
 LAYOUTS = {
-    "transposed": lambda t: t.T.contiguous().T,
+    "transposed": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
     "strided": lambda t: torch.stack([t, t * 0], -1)[..., 0],
-    "expanded": lambda t: t[:1].expand(3, 5),
-    "offset": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(3, 5),
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "offset": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
 }
 
 
@@ -203,8 +207,9 @@ def test_any_memory_layout(op, layout):
     for tensors, options in small_samples(op):
         laid = [LAYOUTS[layout](t) for t in tensors]
         expected = value_and_grads(op, [t.contiguous() for t in laid], options)
-        leaves = [t.detach().requires_grad_() for t in laid]
-        value = call(op, leaves, options)
+        inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in laid]
+        leaves = inputs[: len(op.differentiable)]
+        value = call(op, inputs, options)
         torch.testing.assert_close(value, expected[0], rtol=0, atol=0)
         grad = torch.ones_like(value)
         grads = torch.autograd.grad(value, leaves, grad.T.contiguous().T if grad.dim() else grad)
@@ -225,7 +230,7 @@ def test_broadcast_inputs_get_summed_gradients(op):
 def test_only_what_asks_gets_a_gradient(op):
     for tensors, options in small_samples(op):
         expected = value_and_grads(op, tensors, options)[1:]
-        for i in range(len(tensors)):
+        for i in range(len(op.differentiable)):
             leaf = tensors[i].clone().requires_grad_()
             value = call(op, [*tensors[:i], leaf, *tensors[i + 1 :]], options)
             torch.testing.assert_close(torch.autograd.grad(value.sum(), leaf)[0], expected[i])
@@ -235,12 +240,13 @@ def test_only_what_asks_gets_a_gradient(op):
 def test_backward_again_and_accumulated(op):
     for tensors, options in small_samples(op):
         expected = value_and_grads(op, tensors, options)[1:]
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        loss = 3 * call(op, leaves, options).sum()
+        inputs = leaves_of(tensors)
+        leaves = inputs[: len(op.differentiable)]
+        loss = 3 * call(op, inputs, options).sum()
         for times in (1, 2, 3):
             loss.backward(retain_graph=True)
             torch.testing.assert_close([leaf.grad for leaf in leaves], [3 * times * g for g in expected])
-        again = torch.utils.checkpoint.checkpoint(lambda *t: call(op, t, options).sum(), *leaves, use_reentrant=False)
+        again = torch.utils.checkpoint.checkpoint(lambda *t: call(op, t, options).sum(), *inputs, use_reentrant=False)
         torch.testing.assert_close(list(torch.autograd.grad(again, leaves)), expected)
 
 
@@ -251,7 +257,7 @@ def test_same_bits_again_and_on_any_number_of_threads(op):
         if op.elementwise:
             tensors = [t.float() for t in extreme_inputs(op, count=50_001)]
         else:
-            tensors = [torch.randn(301, t.shape[1]) for t in tensors]
+            tensors = [torch.randn(301, 67) if t.dim() == 2 else t.repeat(101)[:301] for t in tensors]
         runs = []
         try:
             for n in (1, 2, 2):
@@ -264,6 +270,7 @@ def test_same_bits_again_and_on_any_number_of_threads(op):
                 assert a.isnan().equal(b.isnan()) and a.nan_to_num().equal(b.nan_to_num())
 
 
+# What is done to the last floating tensor, and what is said of it; of indices see test_bad_labels_are_named.
 BAD_INPUT = {
     "shape": (lambda t: t[..., :2].flatten(), r"broadcast|must be \["),
     "integer": (lambda t: t.long(), "float64, float32"),
@@ -283,8 +290,51 @@ AMONG_SEVERAL = ("dtype", "device")  # bad only beside tensors that differ
 def test_bad_tensors_are_named(op, kind):
     spoil, message = BAD_INPUT[kind]
     tensors, options = next(small_samples(op))
+    last = len(op.differentiable) - 1
+    tensors[last] = spoil(tensors[last])
     with pytest.raises(ValueError, match=f"{op.name}: .*{message}"):
-        call(op, [*tensors[:-1], spoil(tensors[-1])], options)
+        call(op, tensors, options)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: t.float(), "must be int64, got torch.float32"),
+        (lambda t: t.int(), "must be int64, got torch.int32"),
+        (lambda t: t.to("meta"), "must be on cpu as x is, got meta"),
+        (lambda t: t[:2], r"must be \[B\] with B = 3, got \[2\]"),
+        (lambda t: t + 2, r"must be in 0\.\.2, got 4"),
+        (lambda t: -t, r"must be in 0\.\.2, got -2"),
+    ],
+)
+def test_bad_labels_are_named(spoil, message):
+    x, prototypes, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 2, 2])
+    with pytest.raises(ValueError, match=f"prototype_dispersion: labels {message}"):
+        fastprob.prototype_dispersion(x, prototypes, spoil(labels))
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=f"prototype_dispersion: labels {message}"):
+        fastprob.prototype_dispersion(x, prototypes, spoil(labels))
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_out_of_range_reads_no_memory(label):
+    """Where the wrapper does not look at the labels, the kernels do."""
+    tensors = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 2, label])
+    compiled = torch.compile(lambda *t: 2 * fastprob.prototype_dispersion(*t), fullgraph=True)
+    with pytest.raises(RuntimeError, match=f"labels must be in 0..2, got {label}"):
+        compiled(*tensors)
+    with pytest.raises(RuntimeError, match=f"labels must be in 0..2, got {label}"):
+        torch.ops.fastprob._prototype_dispersion_backward(torch.ones(()), *tensors, needs=3)
+
+
+def test_prototype_dispersion_is_the_mean_squared_error():
+    x, prototypes = torch.randn(50, 7, requires_grad=True), torch.randn(4, 7, requires_grad=True)
+    labels = torch.randint(4, (50,))
+    expected = torch.nn.functional.mse_loss(x, prototypes[labels])
+    actual = fastprob.prototype_dispersion(x, prototypes, labels)
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(3 * value, (x, prototypes)) for value in (actual, expected)]
+    torch.testing.assert_close(*grads)
+    assert fastprob.prototype_dispersion(x[:0], prototypes, labels[:0]) == 0
 
 
 @pytest.mark.parametrize(

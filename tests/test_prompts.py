@@ -194,7 +194,8 @@ def methods(model, tokenizer):
         "VPT": (VPT(model, text, length=3), {"vis_ctx": (1, 3, 48)}),
         "VPT, deep": (VPT(model, text, length=3, deep=True), {"vis_ctx": (2, 3, 48)}),
         "DAPT": (
-            DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3), {"vis_ctx": (1, 3, 48), "txt_ctx": (L, 32)},
+            DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3),
+            {"vis_ctx": (1, 3, 48), "txt_ctx": (L, 32)},
         ),
     }  # fmt: skip
 

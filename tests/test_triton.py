@@ -13,12 +13,21 @@ import tempfile
 
 import pytest
 import torch
+from conftest import cast
 
 triton = pytest.importorskip("triton")
 
 import fastprob  # noqa: E402
 from fastprob import _op  # noqa: E402
-from fastprob.kernels import _launch, gaussian_potential, ggd_nll, ggd_variance, probvlm_loss, scale  # noqa: E402
+from fastprob.kernels import (  # noqa: E402
+    _launch,
+    gaussian_potential,
+    ggd_nll,
+    ggd_variance,
+    probvlm_loss,
+    prototype_dispersion,
+    scale,
+)
 
 INTERPRETING = triton.knobs.runtime.interpret
 EPSILON = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -70,6 +79,13 @@ def kernel_variants(ty):
     if ty in ("fp32", "fp64"):  # it computes in these
         arguments = {"gram": p, "squares": p, "sums": "*fp64", "first": "i64", "count": "i64", "t": "fp64"}
         yield "gaussian_potential", gaussian_potential._potentials, {**arguments, "BLOCK": gaussian_potential.COLUMNS}
+    inputs = {"x": p, "prototypes": p, "labels": "*i64"}
+    for grad, partials, needed in ((p, None, 1), (None, "*fp64", 1), (None, "*fp64", 0)):
+        arguments = {**inputs, "grad": grad, "partials": partials, "out": p, "n": "i64", "dim": "i32", "classes": "i64"}
+        yield "points", prototype_dispersion._points, {**arguments, "NEEDED": needed, "BLOCK": block}
+    for grad in (p, None):
+        arguments = {**inputs, "grad": grad, "out": p, "n": "i64", "count": "i64", "dim": "i32", "BLOCK": block}
+        yield "classes", prototype_dispersion._classes, arguments
     sizes = ("i64", "i32", 1, *["i64"] * 5)
     arguments = {"grads": (p,) * 8, "sizes": sizes, "scale": p, "COUNT": 8, "BLOCK": 4 * block}
     yield "scale", scale._kernel, arguments
@@ -167,8 +183,11 @@ def error(x, truth):
 
 
 def raw_results(op, tensors, options, grad):
-    """(name, result, reference of the same dtype, reference in float64) for each output of the torch operators."""
-    options, every = {**op.options, **options}, (1 << len(tensors)) - 1
+    """(name, result, reference of the same dtype, reference in float64) for each output of the torch operators.
+
+    Not for the empty ones in the indices' places: `test_needs`.
+    """
+    options, every = {**op.options, **options}, (1 << len(op.differentiable)) - 1
     for name, reference in op.raw.items():
         arguments, keywords = tensors, dict(options)
         if name != op.name:
@@ -179,10 +198,11 @@ def raw_results(op, tensors, options, grad):
             continue
         with fastprob.backend("triton"):
             result = getattr(torch.ops.fastprob, name).default(*arguments, **keywords)
-        same, truth = reference(*arguments, **keywords), reference(*[a.double() for a in arguments], **keywords)
+        same, truth = reference(*arguments, **keywords), reference(*cast(arguments, torch.float64), **keywords)
         results = (result, same, truth) if isinstance(result, tuple) else ((result,), (same,), (truth,))
         for i, outputs in enumerate(zip(*results, strict=True)):
-            yield f"{name}[{i}]", *outputs
+            if outputs[0].is_floating_point():
+                yield f"{name}[{i}]", *outputs
 
 
 def grad_for(op, tensors, options, make):
@@ -238,7 +258,7 @@ class TestValues:
         for tensors, options in op.samples(make):
             if op.elementwise and tensors[0].numel() > 2000:
                 tensors = [t[:10] for t in tensors]  # three programs, the last in part; each takes some 10 ms
-            tensors = [t.to(dtype) for t in tensors]
+            tensors = cast(tensors, dtype)
             check_budget(op, tensors, options, grad_for(op, tensors, options, make), EPSILON[dtype])
 
     @pytest.mark.parametrize("form", ("paper", "released"))
@@ -310,7 +330,7 @@ class TestValues:
         for name in list(op.raw)[1:]:
             arguments = (grad, *tensors) if name.endswith("_backward") else tensors
             results = {}
-            for needs in ((1 << len(tensors)) - 1, 0, *[1 << i for i in range(len(tensors))]):
+            for needs in ((1 << len(op.differentiable)) - 1, 0, *[1 << i for i in range(len(op.differentiable))]):
                 with fastprob.backend("triton"):
                     function = getattr(torch.ops.fastprob, name).default
                     outputs = function(*arguments, **{**op.options, **options}, needs=needs)
@@ -329,6 +349,16 @@ class TestValues:
         grad = grad_for(op, tensors, options, make)
         grad = grad[:, :1].expand(5, 7) if grad.dim() else grad
         check_budget(op, tensors, options, grad, EPSILON[torch.float64])
+
+    @pytest.mark.parametrize("label", (-1, 2**40))
+    def test_a_label_out_of_range_is_nan(self, label, make):
+        x, prototypes = make(4, 5), make(3, 5)
+        labels = torch.tensor([2, label, 0, 2], device=self.device)
+        with fastprob.backend("triton"):
+            function = torch.ops.fastprob._prototype_dispersion_value_and_grad.default
+            value, grad_x, grad_prototypes, _ = function(x, prototypes, labels, needs=3)
+        assert value.isnan() and grad_x[1].isnan().all()
+        assert not grad_x[[0, 2, 3]].isnan().any() and not grad_prototypes.isnan().any()
 
     def test_total_of_many_partials(self, make):
         """More than the second stage takes at a time, and no multiple of it; NaN stays."""

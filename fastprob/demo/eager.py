@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def released_term(mu: Tensor, inv_alpha: Tensor, beta: Tensor, target: Tensor, power: bool) -> Tensor:
@@ -61,6 +62,11 @@ def best_potential(x: Tensor) -> Tensor:
     return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
 
 
+def released_dispersion(x: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    """DAPT's intra-class dispersion as released."""
+    return F.mse_loss(x, prototypes[labels])
+
+
 # Operator -> name of a baseline -> the operator's tensors to its result, in the paper's form.
 BASELINES = {
     "probvlm_loss": {
@@ -73,4 +79,5 @@ BASELINES = {
     },
     "ggd_variance": {"eager best": best_variance},
     "gaussian_potential": {"eager as released": released_potential, "eager best": best_potential},
+    "prototype_dispersion": {"eager as released": released_dispersion},
 }

@@ -17,7 +17,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastprob.ops import gaussian_potential
+from fastprob.ops import gaussian_potential, prototype_dispersion
 from fastprob.prompts.encoder import PromptTextEncoder
 
 
@@ -252,7 +252,7 @@ class DAPT(_VisuallyPrompted):
     before training (`prototypes`).
 
     Args:
-        model, tokenizer, classnames, context_length, encoder options: as `CoOp`.
+        model, tokenizer, classnames, context_length, init, encoder options: as `CoOp`.
         visual_length, deep, dropout: as `VPT`.
         beta_t, beta_v: weights of the two terms.
 
@@ -266,6 +266,7 @@ class DAPT(_VisuallyPrompted):
         classnames: Sequence[str],
         *,
         context_length: int = 16,
+        init: str | None = None,
         visual_length: int = 16,
         deep: bool = False,
         dropout: float = 0.0,
@@ -274,7 +275,7 @@ class DAPT(_VisuallyPrompted):
         **encoder,
     ):
         super().__init__(model, visual_length, deep, dropout)
-        self.encoder, self.txt_ctx = _text_side(model, tokenizer, classnames, context_length, None, **encoder)
+        self.encoder, self.txt_ctx = _text_side(model, tokenizer, classnames, context_length, init, **encoder)
         self.beta_t, self.beta_v = beta_t, beta_v
 
     def text_features(self) -> Tensor:
@@ -288,7 +289,7 @@ class DAPT(_VisuallyPrompted):
         """The three terms of a batch. images [B, 3, H, W], labels [B] long, prototypes [C, D]."""
         image, text = self.image_features(images), self.text_features()
         inter = gaussian_potential(text, t=2.0)
-        intra = F.mse_loss(image, prototypes[labels])
+        intra = prototype_dispersion(image, prototypes, labels)
         return F.cross_entropy(self.logits(image, text), labels) + self.beta_t * inter + self.beta_v * intra
 
 
