@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,7 +48,7 @@ class Run:
         self.epochs, self.steps = epochs, steps
         self.device = next(model.parameters()).device
         self.lr = optimizer.param_groups[0]["lr"]
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        self.rate = rate
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.epoch, self.step = 0, 0  # the step to take next
         self.losses = torch.zeros(steps, device=self.device)  # [S], of this epoch, on the device
@@ -101,12 +102,13 @@ class Run:
 
     def update(self, *batch: Tensor) -> Tensor:
         """One step of the optimiser on a batch; the loss stays on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.rate(self.epoch * self.steps + self.step)
         loss = self.loss(*batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
         return loss.detach()
 
     def end_epoch(self) -> None:
@@ -145,7 +147,6 @@ class Run:
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
         }
@@ -167,9 +168,13 @@ class Run:
         self.losses.copy_(state["losses"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_state(self.device, state["random"])
+
+
+def seed_of(*words: int) -> int:
+    """A seed that depends on all of several non-negative numbers, as (seed, epoch)."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 def cosine(share: float) -> float:

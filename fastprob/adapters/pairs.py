@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from fastprob._training import seed_of
 
 _CHECK_ROWS = 65536
 """Rows read at a time by the check for NaN, so that a memory-mapped store is never copied whole."""
@@ -93,8 +94,7 @@ class Pairs:
         The order depends on (seed, epoch) alone; batches before `first` are left out. Yields
         (image [B, D], text [B, D]) in float32.
         """
-        word = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(word) >> 1)
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         image = torch.randperm(self.images, generator=generator)  # [N]
         draw = torch.randint(2**62, (self.images,), generator=generator) % self._count  # [N]
         caption = self._by_image[self._start + draw][image]  # [N]

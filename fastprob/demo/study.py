@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from fastprob.uncertainty.report import Report, evaluate_store
 
 CROSS_WEIGHTS = (1e-4, 0.1, 1.0)  # the released default first
 SEEDS = (0, 1, 2)
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,15 @@ def cross_weight_study(
         for positive, form, weight in settings
         for seed in SEEDS
     ]
+    reports = each_on_a_thread(partial(_report, train.path, test.path), configs, "calibration by cross weight")
+    return [Row(*setting, reports[i * len(SEEDS) :][: len(SEEDS)]) for i, setting in enumerate(settings)]
+
+
+def each_on_a_thread(function: Callable[[T], R], settings: Sequence[T], description: str) -> list[R]:
+    """`function` of every setting, in processes of one thread each, as many as there are threads."""
     context = multiprocessing.get_context("spawn")  # a forked torch would hang
     with ProcessPoolExecutor(torch.get_num_threads(), context, torch.set_num_threads, (1,)) as pool:
-        reports = pool.map(partial(_report, train.path, test.path), configs)
-        reports = list(tqdm(reports, "calibration by cross weight", len(configs), unit="run"))
-    return [Row(*setting, reports[i * len(SEEDS) :][: len(SEEDS)]) for i, setting in enumerate(settings)]
+        return list(tqdm(pool.map(function, settings), description, len(settings), unit="run"))
 
 
 def _report(train: Path, test: Path, config: TrainConfig) -> Report:

@@ -99,20 +99,22 @@ def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
     return save_figure(figure, path)
 
 
-def axes_of_figure():
-    """An empty figure, free of pyplot's global state."""
+def axes_of_figure(panels: int | None = None):
+    """An empty figure, free of pyplot's global state, and its axes: one, or a list of `panels` side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'fastprob[plot]'") from error
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(colors=_GREY)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    width = 6.4 if panels is None else 1.0 + 3.2 * panels
+    figure = Figure(figsize=(width, 4.0), dpi=150, layout="constrained")
+    every = [figure.subplots()] if panels is None else list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GREY)
+        axes.tick_params(colors=_GREY)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, every[0] if panels is None else every
 
 
 def _line(x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -1,22 +1,20 @@
-"""The `fastprob` command: embed -> fit -> eval, and info, demo.
+"""`fastprob embed`, `fit` and `eval`: ProbVLM on an embedding store."""
 
-A user's mistake (a missing file, an unknown model, sizes that don't fit) prints one line and exits with 2; Ctrl-C
-prints how to resume and exits with 130. Option names follow open_clip's.
-"""
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from fastprob.adapters import ProbVLM
     from fastprob.data.store import EmbeddingStore
 
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 CHECKPOINT = "best.safetensors"
 ENCODER = "encoder.json"  # in a run's directory: the encoder whose embeddings it was trained on
 
@@ -27,9 +25,7 @@ ENCODER = "encoder.json"  # in a run's directory: the encoder whose embeddings i
 def embed_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="data set: digitscenes:train, :val, :test, or a path")
     parser.add_argument("--out", required=True, type=Path, help="directory of the store")
-    parser.add_argument("--model", default="tiny", help="open_clip model, or the built-in one (default: tiny)")
-    parser.add_argument("--pretrained", help="open_clip tag or checkpoint file")
-    parser.add_argument("--device", help="default: CUDA where there is one")
+    add_encoder(parser)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a store already")
@@ -38,16 +34,10 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
 def embed(args: argparse.Namespace) -> None:
     from fastprob.data.captions import open_dataset
     from fastprob.data.store import embed
-    from fastprob.encoders import load_encoder
 
     dataset = open_dataset(args.data)
-    device = _device(args.device)
-    try:
-        encoder = load_encoder(args.model, pretrained=args.pretrained, device=device)
-    except RuntimeError as error:  # open_clip's, of weights that it can't download
-        raise ValueError(f"--model {args.model}: {error}") from error
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "overwrite": args.overwrite}
-    print(embed(dataset, encoder, args.out, **options))
+    print(embed(dataset, load_encoder_of(args), args.out, **options))
 
 
 # ----------------------------------------------------------------------------------------------- fit
@@ -75,10 +65,7 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="directory of checkpoints and history")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--device", help="default: CUDA where there is one")
-    for field in dataclasses.fields(TrainConfig):
-        name = "--" + field.name.replace("_", "-")
-        described = f"{FIT_HELP[field.name]} (default: {field.default})"
-        parser.add_argument(name, type=type(field.default), default=field.default, help=described)
+    add_fields(parser, TrainConfig, FIT_HELP)
 
 
 def fit(args: argparse.Namespace) -> None:
@@ -97,7 +84,7 @@ def fit(args: argparse.Namespace) -> None:
     else:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / ENCODER).write_text(json.dumps(_encoder_of(data), indent=1) + "\n", encoding="utf-8")
-    options = {"validation": validation, "directory": args.out, "resume": args.resume, "device": _device(args.device)}
+    options = {"validation": validation, "directory": args.out, "resume": args.resume, "device": device_of(args.device)}
     result = fit(data, config=config, **options)
     print(f"{args.out / CHECKPOINT}: NLL {result.nll_before:.4f} -> {result.nll_after:.4f} nats per dimension")
 
@@ -120,7 +107,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from fastprob.uncertainty.report import evaluate_store
 
     store = EmbeddingStore(args.store)
-    model = _load_checkpoint(args.checkpoint, store).to(_device(args.device))
+    model = _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
     report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
@@ -131,7 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
             print(f"fastprob eval: no figures: {error}", file=sys.stderr)
 
 
-def _load_checkpoint(path: Path, store: "EmbeddingStore") -> "ProbVLM":
+def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
     """The model in a file or in a run's directory. Raises ValueError when it is none, or not for this store."""
     from fastprob.adapters import ProbVLM
 
@@ -146,57 +133,21 @@ def _load_checkpoint(path: Path, store: "EmbeddingStore") -> "ProbVLM":
 # ------------------------------------------------------------------- the encoder that a run belongs to
 
 
-def _check_encoder(file: Path, store: "EmbeddingStore") -> None:
+def _check_encoder(file: Path, store: EmbeddingStore) -> None:
     """Raises ValueError when a run's encoder file names another encoder than the store's. No file, no check."""
     if file.exists():
         _check_same_encoder(json.loads(file.read_text(encoding="utf-8")), str(file.parent), store)
 
 
-def _check_same_encoder(encoder: dict[str, Any], owner: str, store: "EmbeddingStore") -> None:
+def _check_same_encoder(encoder: dict[str, Any], owner: str, store: EmbeddingStore) -> None:
     """Equal widths are not enough: adapters do not transfer between encoders."""
     ours = _encoder_of(store)
     if encoder["fingerprint"] != ours["fingerprint"]:
         raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {ours}")
 
 
-def _encoder_of(store: "EmbeddingStore") -> dict[str, Any]:
+def _encoder_of(store: EmbeddingStore) -> dict[str, Any]:
     return {key: store.metadata["source"][key] for key in ("model", "pretrained", "dim", "fingerprint")}
-
-
-# --------------------------------------------------------------------------------------- info, demo
-
-
-def no_options(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
-def info(args: argparse.Namespace) -> None:
-    import fastprob
-
-    print(fastprob.info())
-
-
-def demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("fastprob-demo"), help="directory (default: fastprob-demo)")
-
-
-def demo(args: argparse.Namespace) -> None:
-    from fastprob.demo import run
-
-    run(args.out)
-
-
-# ---------------------------------------------------------------------------------------------- main
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A subcommand: what it does, its options, its function, and how to go on after Ctrl-C."""
-
-    help: str
-    options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
-    resume: str = "run it again"
 
 
 COMMANDS = {
@@ -210,61 +161,4 @@ COMMANDS = {
         "train a ProbVLM adapter on a store", fit_options, fit, "the same command with --resume goes on from there"
     ),
     "eval": Command("recall, likelihood and calibration of an adapter on a store", eval_options, evaluate),
-    "info": Command("which backend serves which operator, and why", no_options, info),
-    "demo": Command("the whole way on real handwritten digits, without a download", demo_options, demo),
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's) and return its exit code: 0, 2 or 130.
-
-    Wrong options end in argparse's SystemExit(2).
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = _parser(argv).parse_args(argv)
-        COMMANDS[args.command].run(args)
-    except KeyboardInterrupt:
-        resume = f": {COMMANDS[argv[0]].resume}" if argv[0] in COMMANDS else ""
-        print(f"\nfastprob {argv[0]}: interrupted{resume}", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        print(f"fastprob {argv[0]}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    """Only the command that is called gets its options: those of fit come from a module that takes long to import."""
-    parser = argparse.ArgumentParser(
-        prog="fastprob",
-        description="Uncertainty for frozen vision-language encoders: embed, fit, eval",
-        allow_abbrev=False,
-    )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
-        if argv[:1] == [name]:
-            command.options(subparser)
-    return parser
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    text = str(error).strip()
-    if "Original Traceback" in text:  # how DataLoader passes on the error of a worker process
-        text = text.splitlines()[-1]
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _device(name: str | None) -> str:
-    """Raises ValueError for a device that torch can't use here."""
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return name

@@ -1,0 +1,66 @@
+"""What the subcommands share: how one is described, options that come from dataclasses, the encoder and the device."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Container, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
+    from fastprob.encoders import Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does, its options, its function, and how to go on after Ctrl-C."""
+
+    help: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    resume: str = "run it again"
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, config: type, help: Mapping[str, str], but: Container[str] = ()
+) -> None:
+    """An option for every field of a dataclass, described by `help`, except those in `but`."""
+    for field in dataclasses.fields(config):
+        if field.name in but:
+            continue
+        name, described = "--" + field.name.replace("_", "-"), help[field.name]
+        if isinstance(field.default, bool):
+            parser.add_argument(name, action="store_true", help=described)
+        else:
+            described += f" (default: {field.default!r})" if field.default != "" else ""
+            described = described.replace("%", "%%")
+            parser.add_argument(name, type=type(field.default), default=field.default, help=described)
+
+
+def add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", help="open_clip model, or the built-in one (default: tiny)")
+    parser.add_argument("--pretrained", help="open_clip tag or checkpoint file")
+    parser.add_argument("--device", help="default: CUDA where there is one")
+
+
+def load_encoder_of(args: argparse.Namespace) -> Encoder:
+    """The encoder that --model, --pretrained and --device name."""
+    from fastprob.encoders import load_encoder
+
+    device = device_of(args.device)
+    try:
+        return load_encoder(args.model, pretrained=args.pretrained, device=device)
+    except RuntimeError as error:  # open_clip's, of weights that it can't download
+        raise ValueError(f"--model {args.model}: {error}") from error
+
+
+def device_of(name: str | None) -> str:
+    """Raises ValueError for a device that torch can't use here."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,0 +1,174 @@
+"""What is tuned, how, and where it is kept: options, the method they make, and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from fastprob._training import write_atomically
+from fastprob.data.labelled import CLASSES, TEMPLATE
+from fastprob.encoders import Encoder, load_encoder
+from fastprob.prompts.methods import DAPT, VPT, CoCoOp, CoOp
+
+METHODS = ("coop", "cocoop", "vpt", "dapt")
+PRECISIONS = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}  # open_clip's names
+_FORMAT = "fastprob.prompts/1"
+
+
+def _option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What determines a run, with the images and the encoder. Raises ValueError for a value out of its range."""
+
+    method: str = _option("dapt", f"one of {', '.join(METHODS)}")
+    shots: int = _option(16, "images of every class to train on, drawn by the seed; 0: all")
+    classes: str = _option("all", "all, base (the first half) or new")
+    epochs: int = _option(0, "passes over the images; 0: 50 for one shot, 100 for up to 4, 200 for more, as released")
+    batch_size: int = _option(32, "images of a step")
+    lr: float = _option(2e-3, "learning rate of SGD; DAPT's released settings have 2 to 20, by data set")
+    context_length: int = _option(0, "context vectors of the text; 0: as released, 16, or 4 of CoCoOp's init")
+    class_position: str = _option("end", "where the name stands: end, middle or front")
+    class_specific: bool = _option(False, "CoOp: a context for every class")
+    init: str = _option("", "words to start the context from; CoCoOp without context_length: 'a photo of a'")
+    visual_length: int = _option(16, "VPT, DAPT: vectors among an image's patches")
+    deep: bool = _option(False, "VPT, DAPT: other vectors in every block")
+    dropout: float = _option(0.0, "VPT, DAPT: probability that a number in these vectors is dropped")
+    beta_t: float = _option(0.1, "DAPT: weight of the spread of class embeddings")
+    beta_v: float = _option(0.1, "DAPT: weight of the distance of images to their class's prototype")
+    template: str = _option("", "VPT: prompt of its class embeddings; empty: the data set's, as 'a photo of a {}.'")
+    augment: bool = _option(False, "random crops and flips, as released; without, features are encoded once")
+    precision: str = _option("fp32", f"one of {', '.join(PRECISIONS)}")
+    chunk: int = _option(0, "most prompts to encode at once, to bound memory; 0: all")
+    recompute: bool = _option(False, "compute activations again in the backward pass, to save memory")
+    seed: int = _option(1, "of the images drawn, initial vectors, batches, dropout and crops")
+
+    def __post_init__(self):
+        for name, choices in (
+            ("method", METHODS),
+            ("classes", CLASSES),
+            ("precision", tuple(PRECISIONS)),
+            ("class_position", ("end", "middle", "front")),
+        ):
+            if getattr(self, name) not in choices:
+                expected = ", ".join(map(repr, choices))
+                raise ValueError(f"PromptConfig: {name} must be one of {expected}, got {getattr(self, name)!r}")
+        for name in ("shots", "epochs", "batch_size", "context_length", "visual_length", "chunk", "seed"):
+            least = int(name in ("batch_size", "visual_length"))
+            if getattr(self, name) < least:
+                raise ValueError(f"PromptConfig: {name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("beta_t", "beta_v"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"PromptConfig: {name} must be finite and >= 0, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"PromptConfig: lr must be finite and > 0, got {self.lr}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"PromptConfig: dropout must be in [0, 1), got {self.dropout}")
+        if self.template and "{}" not in self.template:
+            raise ValueError(f"PromptConfig: template must hold {{}} for the name, got {self.template!r}")
+        if self.init and self.context_length:
+            raise ValueError(f"PromptConfig: context_length must be 0 with init, got {self.context_length}")
+
+    @property
+    def name(self) -> str:
+        """What tables call it: DAPT without its two terms is CoOp + VPT."""
+        return "coop+vpt" if self.method == "dapt" and self.beta_t == self.beta_v == 0 else self.method
+
+    @property
+    def tunes_images(self) -> bool:
+        return self.method in ("vpt", "dapt")
+
+
+def build(config: PromptConfig, encoder: Encoder, classnames: Sequence[str]) -> nn.Module:
+    """The method of `config` for these classes, untrained, on the encoder's device. Raises ValueError as it does."""
+    visual = {"deep": config.deep, "dropout": config.dropout}
+    if config.method == "vpt":
+        text = class_embeddings(encoder, classnames, config.template or TEMPLATE)
+        return VPT(encoder.model, text, length=config.visual_length, **visual)
+    options = {"class_position": config.class_position, "chunk": config.chunk or None, "recompute": config.recompute}
+    if config.context_length:
+        options |= {"context_length": config.context_length, "init": None}
+    if config.init:
+        options["init"] = config.init
+    parts = encoder.model, encoder.tokenizer, classnames
+    if config.method == "coop":
+        return CoOp(*parts, class_specific=config.class_specific, **options)
+    if config.method == "cocoop":
+        return CoCoOp(*parts, **options)
+    weights = {"beta_t": config.beta_t, "beta_v": config.beta_v}
+    return DAPT(*parts, visual_length=config.visual_length, **visual, **weights, **options)
+
+
+def class_embeddings(encoder: Encoder, classnames: Sequence[str], template: str) -> Tensor:
+    """[C, D] of unit norm: the embeddings of `template` with every name in it ("_" counts as a space)."""
+    return encoder.encode_text(encoder.tokenizer([template.format(name.replace("_", " ")) for name in classnames]))
+
+
+def autocast(config: PromptConfig, device: torch.device) -> torch.autocast:
+    dtype = PRECISIONS[config.precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method in evaluation mode with what it was tuned by; `history` has the losses, where it comes from `fit`."""
+
+    method: nn.Module
+    config: PromptConfig
+    encoder: Encoder
+    classnames: list[str]
+    history: dict[str, Any] = field(default_factory=dict)
+
+    def for_classes(self, classnames: Sequence[str]) -> Tuned:
+        """The same vectors in front of other classes' names. Raises ValueError where every class has its own."""
+        if list(classnames) == self.classnames:
+            return self
+        if self.config.class_specific:
+            raise ValueError("for_classes: class_specific must be False for other classes, got a context for each")
+        method = build(self.config, self.encoder, classnames)
+        method.load_state_dict(self.method.state_dict())
+        return Tuned(method.eval(), self.config, self.encoder, list(classnames))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what is tuned and how, as safetensors, in one step."""
+        encoder = {"model": self.encoder.name, "pretrained": self.encoder.pretrained}
+        encoder["fingerprint"] = self.encoder.fingerprint()
+        about = {"config": asdict(self.config), "classnames": self.classnames, "encoder": encoder}
+        metadata = {_FORMAT: json.dumps(about)}  # one entry: safetensors writes several in random order
+        data = to_safetensors({k: v.contiguous() for k, v in self.method.state_dict().items()}, metadata)
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+    @staticmethod
+    def load(path: str | os.PathLike, encoder: Encoder | None = None, device: str | torch.device = "cpu") -> Tuned:
+        """What `save` wrote, on `encoder` or on the one it was tuned with, loaded anew.
+
+        Raises ValueError for another file and for another encoder.
+        """
+        try:
+            with safe_open(Path(path), "pt") as file:
+                metadata = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"Tuned: {path} must be a safetensors file: {error}") from error
+        if _FORMAT not in metadata:
+            raise ValueError(f"Tuned: {path} must be of format {_FORMAT!r}, got {sorted(metadata)}")
+        about = json.loads(metadata[_FORMAT])
+        config, classnames, of = PromptConfig(**about["config"]), about["classnames"], about["encoder"]
+        encoder = encoder or load_encoder(of["model"], pretrained=of["pretrained"], device=device)
+        if encoder.fingerprint() != of["fingerprint"]:
+            raise ValueError(f"Tuned: {path} must be for {encoder}, got one for {of['model']}, {of['pretrained']}")
+        method = build(config, encoder, classnames)
+        method.load_state_dict(weights)
+        return Tuned(method.eval(), config, encoder, classnames)
