@@ -31,6 +31,7 @@ fmt: $(INSTALLED)
 bench: $(INSTALLED)
 	mkdir -p bench/results
 	$(PYTHON) -m pytest bench -q -m "not gpu" --benchmark-json=bench/results/cpu.json
+	$(PYTHON) bench/prompts.py --out bench/results/prompts-cpu.json
 
 # On a machine with a GPU and, perhaps, no network: GPU_PYTHON's own packages are used as they are. The CUDA library is
 # built for this GPU alone, and only the test files that have GPU tests are imported.
@@ -41,6 +42,7 @@ gpu:
 	$(GPU_PYTHON) -m pytest -q -m gpu $$(grep -l pytest.mark.gpu tests/test_*.py)
 	mkdir -p bench/results
 	$(GPU_PYTHON) -m pytest bench -q -m gpu --benchmark-json=bench/results/gpu.json
+	$(GPU_PYTHON) bench/prompts.py --device cuda --out bench/results/prompts-gpu.json
 
 # The C++ CPU kernels under the address and undefined-behaviour sanitizers.
 asan: $(INSTALLED)

@@ -1,6 +1,6 @@
 """The text side of a prompt-tuning step, forward and backward, by each path through ViT-B-32's text tower.
 
-    python bench/prompts.py [--out bench/results/prompts-cpu.json]
+    python bench/prompts.py [--device cuda] [--out bench/results/prompts-cpu.json]
 
 The weights are random: the time does not depend on them. A path whose activations would not fit is run in chunks of
 classes or images, each with its own backward pass: the same work. Every measurement is a process of its own, so that
@@ -30,50 +30,64 @@ CASES = {  # classes, context length, images with a context of their own, rounds
     "CoOp and DAPT, 1000 classes": (1000, 16, None, 1),
     "CoCoOp, 8 images, 64 classes": (64, 4, 8, 1),
 }
-CHUNK = {"plain": 64, "truncated": 512, "shared": None}  # prompts at once
+CHUNK = {  # prompts at once
+    "cpu": {"plain": 64, "truncated": 512, "shared": None},
+    "cuda": {"plain": 256, "truncated": 1024, "shared": None},
+}
 TARGET = 12
 
 
-def step(case: str, path: str) -> dict:
+def step(case: str, path: str, device: str) -> dict:
     """Seconds and peak memory of a step, and its gradient for the context."""
     classes, length, images, _ = CASES[case]
+    chunk = CHUNK[device][path]
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32").eval().requires_grad_(False)
+    model = open_clip.create_model("ViT-B-32").eval().requires_grad_(False).to(device)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     names = IMAGENET_CLASSNAMES[:: 1000 // classes][:classes]
     context = 0.02 * torch.randn(*([] if images is None else [images, 1]), length, 512)
-    context.requires_grad_()
-    at_once = min(CHUNK[path] or classes, classes)
+    context = context.to(device).requires_grad_()
+    at_once = min(chunk or classes, classes)
     encoders = [
         PromptTextEncoder(model, tokenizer, names[i : i + at_once], context_length=length, path=path)
         for i in range(0, classes, at_once)
     ]
-    parts = [context] if images is None or CHUNK[path] is None else context.split(max(CHUNK[path] // classes, 1))
-    weights = torch.randn(classes, 512)
+    parts = [context] if images is None or chunk is None else context.split(max(chunk // classes, 1))
+    weights = torch.randn(classes, 512).to(device)
     times = []
-    for _ in range(2 if classes < 1000 else 1):
+    for _ in range(10 if device == "cuda" else 2 if classes < 1000 else 1):
+        synchronize()
         context.grad, start = None, time.perf_counter()
         for part in parts:
             for i, encoder in enumerate(encoders):
                 (encoder(part) * weights[i * at_once :][:at_once]).sum().backward()
+        synchronize()
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     return {"seconds": min(times), "peak_mb": round(peak), "gradient": context.grad.flatten()[:2000].tolist()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=sorted(CHUNK), default="cpu")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     parser.add_argument("--step", nargs=2, metavar=("CASE", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        return print(json.dumps(step(*args.step)))
+        return print(json.dumps(step(*args.step, args.device)))
     results = {}
     for case, (*_, rounds) in CASES.items():
-        runs: dict[str, list[dict]] = {path: [] for path in CHUNK}
+        runs: dict[str, list[dict]] = {path: [] for path in CHUNK[args.device]}
         for _ in range(rounds):
             for path in runs:
-                command = [sys.executable, __file__, "--step", case, path]
+                command = [sys.executable, __file__, "--device", args.device, "--step", case, path]
                 run = subprocess.run(command, check=True, capture_output=True, text=True)
                 runs[path].append(json.loads(run.stdout.splitlines()[-1]))
         plain = torch.tensor(runs["plain"][0]["gradient"])
@@ -94,6 +108,8 @@ def main() -> None:
             "machine": platform.machine(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "open_clip": open_clip.__version__,
         }  # fmt: skip
+        if args.device == "cuda":
+            device |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         args.out.write_text(json.dumps({"device": device, "results": results}, indent=1) + "\n")
 
 

@@ -159,6 +159,21 @@ def test_half_precision_follows_float32(splits, encoder, method, precision):
     assert (predict(full, test) - predict(half, test)).abs().mean() < 0.02
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "amp", "amp_bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(splits, encoder, tmp_path, method, precision):
+    options = config(method, dropout=0.0, precision=precision)
+    expected = run(splits, encoder, config(method, dropout=0.0))
+    on_gpu = load_encoder("tiny", device="cuda")
+    tuned = run(splits, on_gpu, options, tmp_path)
+    assert tuned.history["train_loss"] == pytest.approx(expected.history["train_loss"], rel=0.05)
+    assert same(run(splits, on_gpu, options, tmp_path, resume=True), tuned)
+    loaded = Tuned.load(tmp_path / training.CHECKPOINT, device="cuda")
+    test = Inputs(splits["val"], on_gpu, progress=False)
+    assert torch.equal(predict(loaded, test), predict(tuned, test))
+
+
 def test_checkpoints_of_another_run_are_refused_by_field(splits, encoder, tmp_path):
     run(splits, encoder, config(), tmp_path)
     with pytest.raises(ValueError, match=r"last\.pt was trained with lr=0\.002, got lr=0\.1"):
@@ -373,8 +388,9 @@ def test_built_in_run(tmp_path, monkeypatch, capsys):
     prompts.run(tmp_path, shifts=("thickened",), shots=(2,), seeds=(1,), epochs=1)
     report = (tmp_path / "report.md").read_text()
     for method in ("zero-shot", "linear probe", *prompts.METHODS):
-        assert report.count(f"\n| {method} |") == 2
+        assert report.count(f"\n| {method} |") == 2 + method.startswith("dapt")
     rows = json.loads((tmp_path / "thickened" / "results.json").read_text())["results"]
     at = {r["method"]: r["scores"]["accuracy"] for r in rows if r["shots"] == 2 and r["classes"] == "all"}
-    assert f"| thickened | 2 | {100 * (at['dapt'] - at['coop+vpt']):+.1f} |" in report
+    for method in ("dapt", "dapt-t10-v100"):
+        assert f"| {method} | thickened | 2 | {100 * (at[method] - at['coop+vpt']):+.1f} |" in report
     assert (tmp_path / "thickened" / "class_distances.png").exists()

@@ -265,3 +265,14 @@ def test_dapt_loss_is_its_three_terms(model, tokenizer):
     torch.testing.assert_close(method.loss(images, labels, center), expected)
     with pytest.raises(ValueError, match=r"each of the 6 classes, got counts \[2, 2, 2, 2, 2, 0\]"):
         prototypes(features, torch.arange(10) % 5, 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_every_path_on_a_gpu(model, tokenizer, context):
+    x = 0.1 * torch.randn(CONTEXTS[context], dtype=torch.float64)
+    expected = run(PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path="plain"), x)
+    model.cuda()
+    for path in ("plain", "truncated", *["shared"] * (context != "of each class")):
+        actual = run(PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path=path), x.cuda())
+        torch.testing.assert_close([t.cpu() for t in actual], list(expected))

@@ -83,8 +83,11 @@ class PromptConfig:
 
     @property
     def name(self) -> str:
-        """What tables call it: DAPT without its two terms is CoOp + VPT."""
-        return "coop+vpt" if self.method == "dapt" and self.beta_t == self.beta_v == 0 else self.method
+        """What tables and directories call it: DAPT without its two terms is CoOp + VPT, other weights are named."""
+        default = PromptConfig.beta_t, PromptConfig.beta_v
+        if self.method != "dapt" or (self.beta_t, self.beta_v) == default:
+            return self.method
+        return f"dapt-t{self.beta_t:g}-v{self.beta_v:g}" if self.beta_t or self.beta_v else "coop+vpt"
 
     @property
     def tunes_images(self) -> bool:
@@ -151,10 +154,17 @@ class Tuned:
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
     @staticmethod
-    def load(path: str | os.PathLike, encoder: Encoder | None = None, device: str | torch.device = "cpu") -> Tuned:
+    def load(
+        path: str | os.PathLike,
+        encoder: Encoder | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        fingerprint: str | None = None,
+    ) -> Tuned:
         """What `save` wrote, on `encoder` or on the one it was tuned with, loaded anew.
 
-        Raises ValueError for another file and for another encoder.
+        fingerprint: `encoder.fingerprint()`, for who loads many files and need not read all weights for each. Raises
+        ValueError for another file and for another encoder.
         """
         try:
             with safe_open(Path(path), "pt") as file:
@@ -167,7 +177,7 @@ class Tuned:
         about = json.loads(metadata[_FORMAT])
         config, classnames, of = PromptConfig(**about["config"]), about["classnames"], about["encoder"]
         encoder = encoder or load_encoder(of["model"], pretrained=of["pretrained"], device=device)
-        if encoder.fingerprint() != of["fingerprint"]:
+        if (fingerprint or encoder.fingerprint()) != of["fingerprint"]:
             raise ValueError(f"Tuned: {path} must be for {encoder}, got one for {of['model']}, {of['pretrained']}")
         method = build(config, encoder, classnames)
         method.load_state_dict(weights)

@@ -55,8 +55,19 @@ class Report:
         if any(result.classes == "all" for result in self.results):
             tables.append(self._table("all"))
         if any(result.classes == "base" for result in self.results):
-            tables.append(self._base_to_new())
+            tables.append(self.base_to_new())
         return "\n\n".join(tables)
+
+    def accuracy_by_shots(self) -> str:
+        """Markdown: accuracy on all classes, a row a method, a column a number of shots; zero-shot under 0."""
+        settings = self.by_setting("all")
+        columns = sorted({shots for _, shots in settings})
+        lines = [f"| method | {' | '.join(map(str, columns))} |", "|---" * (1 + len(columns)) + "|"]
+        for method in dict.fromkeys(method for method, _ in settings):
+            seeds = [settings.get((method, shots), {}).values() for shots in columns]
+            cells = [_mean_std(scores.accuracy for scores in each) for each in seeds]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        return "\n".join(lines)
 
     def _table(self, classes: str) -> str:
         lines = ["| method | shots | accuracy | macro-F1 | ECE |", "|---|---|---|---|---|"]
@@ -65,8 +76,8 @@ class Report:
             lines.append(f"| {method} | {shots or ''} | {' | '.join(_mean_std(column) for column in columns)} |")
         return "\n".join(lines)
 
-    def _base_to_new(self) -> str:
-        """Accuracies; H, the harmonic mean of base and new, is taken seed by seed."""
+    def base_to_new(self) -> str:
+        """Markdown: accuracies; H, the harmonic mean of base and new, is taken seed by seed."""
         new = self.by_setting("new")
         lines = ["| method | shots | base | new | H |", "|---|---|---|---|---|"]
         for setting, seeds in self.by_setting("base").items():
@@ -127,8 +138,8 @@ def evaluate_runs(
     if not paths:
         raise ValueError(f"evaluate_runs: runs must be a directory with {CHECKPOINT} in it, got {str(runs)!r}")
     tuned = [Tuned.load(paths[0], device=device)]
-    encoder = tuned[0].encoder
-    tuned += [Tuned.load(path, encoder) for path in paths[1:]]
+    encoder, fingerprint = tuned[0].encoder, tuned[0].encoder.fingerprint()
+    tuned += [Tuned.load(path, encoder, fingerprint=fingerprint) for path in paths[1:]]
     template = template or splits[split].template
 
     @cache

@@ -84,7 +84,7 @@ def fit(
 class _Run(Run):
     def __init__(self, config: PromptConfig, inputs: Inputs, directory: Path | None):
         torch.manual_seed(config.seed)
-        self.config, self.inputs = config, inputs
+        self.config, self.inputs, self.fingerprint = config, inputs, inputs.encoder.fingerprint()
         model = build(config, inputs.encoder, inputs.data.classnames)
         shots = int(torch.bincount(inputs.data.labels).max())
         epochs = config.epochs or next(n for most, n in ((1, 50), (4, 100), (math.inf, 200)) if shots <= most)
@@ -129,7 +129,7 @@ class _Run(Run):
 
     def identity(self) -> dict:
         data = {"images": len(self.inputs), "classnames": list(self.inputs.data.classnames)}
-        return {**asdict(self.config), "data": data, "encoder": self.inputs.encoder.fingerprint()}
+        return {**asdict(self.config), "data": data, "encoder": self.fingerprint}
 
 
 def _rate(epoch: int, epochs: int, lr: float) -> float:
