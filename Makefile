@@ -1,4 +1,4 @@
-# make demo | test | lint | fmt | bench | gpu | asan | wheel. Everything runs in .venv, which the first target makes.
+# make demo | demo-prompts | test | lint | fmt | bench | gpu | asan | wheel. Everything runs in .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -8,10 +8,13 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint fmt bench gpu asan wheel clean
+.PHONY: demo demo-prompts test lint fmt bench gpu asan wheel clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fastprob demo --out demo-out
+
+demo-prompts: $(INSTALLED)
+	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"

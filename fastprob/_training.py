@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+LAST = "last.pt"  # what a run resumes from
 _REPORT_EVERY = 50
 """Steps between reads of the loss from the device: for the progress bar, and to stop at a NaN soon."""
 
@@ -150,13 +151,18 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "random": random_state(self.device),
         }
-        write_atomically(self.directory / "last.pt", lambda path: torch.save(state, path))
+        write_atomically(self.directory / LAST, lambda path: torch.save(state, path))
         history = json.dumps({"config": self.identity(), **self.history})
         write_atomically(self.directory / "history.json", lambda path: path.write_text(history))
 
     def load(self) -> None:
-        path = self.directory / "last.pt"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        path = self.directory / LAST
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, where the file is damaged
+            raise ValueError(f"fit: {path} must be a checkpoint, it can't be read: {error}") from error
         if not isinstance(state, dict) or state.get("format") != self.format:
             raise ValueError(f"fit: {path} must be a checkpoint of format {self.format!r}")
         for field, ours in self.identity().items():
@@ -170,6 +176,14 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_state(self.device, state["random"])
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of `device`, and, unlike torch.manual_seed, of no other."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def seed_of(*words: int) -> int:
@@ -219,7 +233,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:  # not in a run that began on the CPU
         torch.cuda.set_rng_state(state["cuda"], device)
 
 

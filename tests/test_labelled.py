@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fastprob.data.digitscenes import DigitScenes
+from fastprob.data.images import open_rgb
 from fastprob.data.labelled import LabelledImages, open_splits
 
 CLASSES = ("abyssinian_cat", "beagle", "zebra")
@@ -58,7 +59,7 @@ def test_folders(folders):
     assert splits["train"].classnames == list(CLASSES)
     assert splits["train"].labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert pixels(splits["test"]) == [list(colour(label, i)) for label in range(3) for i in range(2)]
-    (folders / "classnames.txt").write_text("zebra plains zebra\nbeagle small hound\n")
+    (folders / "classnames.txt").write_text("zebra\tplains zebra\nbeagle small hound\nokapi\n")
     assert open_splits(str(folders))["test"].classnames == ["abyssinian_cat", "small hound", "plains zebra"]
     (folders / "test").rename(folders / "val")
     assert sorted(open_splits(str(folders))) == ["test", "train"]  # ImageNet's test split has no labels
@@ -73,6 +74,23 @@ def test_coop_split_files(coop, tmp_path):
     assert len(open_splits(f"{coop}@{tmp_path / 'elsewhere'}")["train"]) == 9
 
 
+def test_sixteen_bits_are_scaled_and_torn_files_named(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert np.array_equal(np.asarray(open_rgb(tmp_path / "ramp.png"))[..., 1], ramp // 257)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match=r"float\.tif: expected 8 or 16 bits a channel, got mode 'F'"):
+        open_rgb(tmp_path / "float.tif")
+    for kind in ("png", "jpg", "webp", "gif"):
+        file = tmp_path / f"torn.{kind}"
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
+        file.write_bytes(file.read_bytes()[:-500])
+        with pytest.raises(ValueError, match=rf"torn\.{kind}: "):
+            open_rgb(file)
+    with pytest.raises(FileNotFoundError):
+        open_rgb(tmp_path / "none.png")
+
+
 def test_few_shot_draws_by_seed_from_every_class():
     labels = torch.tensor([0] * 10 + [1] * 2 + [2] * 10)
     images = np.arange(22, dtype=np.uint8).reshape(22, 1, 1, 1).repeat(3, 3)
@@ -83,6 +101,10 @@ def test_few_shot_draws_by_seed_from_every_class():
         which = [image[0] for image in pixels(few)]
         assert len(set(which)) == 10 and labels[which].tolist() == few.labels.tolist()
     assert pixels(drawn[1]) == pixels(data.few_shot(4, 1)) != pixels(drawn[2])
+    assert all(image in pixels(drawn[1]) for image in pixels(data.few_shot(3, 1)))  # fewer are among more
+    assert len(data.few_shot(0, 1)) == 22
+    fingerprints = {drawn[1].fingerprint(), data.few_shot(4, 1).fingerprint(), drawn[2].fingerprint()}
+    assert len(fingerprints) == 2
 
 
 def test_base_and_new_classes_are_halves_with_labels_of_their_own(folders):
@@ -130,6 +152,8 @@ def test_what_is_none_of_these_is_named(tmp_path, folders, coop):
     assert f"expected {rows['train'][0][0]} in {tmp_path / 'test'}" in message(f"{coop}@{tmp_path / 'test'}")
     coop.write_text(json.dumps({**rows, "train": [*rows["train"], ["a.png", 7, "lynx"]]}))
     assert "expected labels 0 to 3, got [0, 1, 2, 7]" in message(coop)
+    coop.write_text(json.dumps({**rows, "test": [["a.png", 1, "lynx"]]}))
+    assert "expected one name of label 1, got 'beagle', 'lynx'" in message(coop)
     coop.write_text(json.dumps({"train": rows["train"]}))
     assert "expected rows of 'train' and of 'test', got ['train']" in message(coop)
     for broken in ("[1]", "{", '{"train": [[1]]}'):

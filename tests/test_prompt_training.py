@@ -5,6 +5,7 @@ import os
 import signal
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from fastprob.prompts import (
     training,
     zero_shot,
 )
+from fastprob.prompts.report import evaluate_runs
 
 METHODS = {
     "coop": {"init": "a lone"},
@@ -123,13 +125,41 @@ def test_the_learning_rate_is_the_released_one(splits, encoder, monkeypatch):
     assert len(rates) == 2 * 50
 
 
-def test_seed_decides_images_and_vectors_and_the_random_state_is_left_alone(splits, encoder):
+def test_seed_decides_images_and_vectors_and_the_random_state_is_left_alone(splits, encoder, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training, "Inputs", lambda data, *_, **__: drawn.append(data) or Inputs(data, encoder, **__))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     runs = [run(splits, encoder, config(context_length=2, init="", seed=seed)) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(3), expected)
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+    assert [np.array_equal(data.images, splits["train"].few_shot(2, 1).images) for data in drawn] == [True, True, False]
+    assert np.array_equal(drawn[2].images, splits["train"].few_shot(2, 2).images)
+
+
+def test_other_images_are_another_run(splits, encoder, tmp_path):
+    run(splits, encoder, config(), tmp_path)
+    with pytest.raises(ValueError, match=r"last\.pt was trained with images="):
+        run(open_splits("digits:inverted"), encoder, config(), tmp_path, resume=True)
+
+
+def test_a_run_that_is_replaced_leaves_no_checkpoint_behind(splits, encoder, tmp_path, monkeypatch):
+    checkpoint = tmp_path / training.CHECKPOINT
+    tuned = run(splits, encoder, config(), tmp_path)
+    checkpoint.unlink()
+    assert same(run(splits, encoder, config(), tmp_path, resume=True), tuned) and checkpoint.exists()
+
+    def crash(self, *batch):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(training._Run, "update", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(splits, encoder, config(lr=0.1), tmp_path)
+    assert not checkpoint.exists()
+    (tmp_path / "last.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"last\.pt must be a checkpoint, it can't be read"):
+        run(splits, encoder, config(lr=0.1), tmp_path, resume=True)
 
 
 def test_images_that_are_not_kept_give_the_same_run(splits, encoder, monkeypatch):
@@ -155,6 +185,8 @@ def test_half_precision_follows_float32(splits, encoder, method, precision):
     assert full.history["train_loss"] != half.history["train_loss"]
     assert half.history["train_loss"] == pytest.approx(full.history["train_loss"], rel=0.05)
     test = Inputs(splits["val"], encoder, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half.method(next(test.images([torch.arange(2)]))).dtype == torch.float32  # the logits
     assert predict(half, test).dtype == torch.float32
     assert (predict(full, test) - predict(half, test)).abs().mean() < 0.02
 
@@ -189,12 +221,13 @@ BAD = {
     "precision": ("fp8", "precision must be one of 'fp32', 'amp', 'amp_bf16', got 'fp8'"),
     "classes": ("old", "classes must be one of 'all', 'base', 'new', got 'old'"),
     "class_position": ("top", "class_position must be one of 'end', 'middle', 'front', got 'top'"),
-    "shots": (-1, "shots must be at least 0, got -1"),
-    "batch_size": (0, "batch_size must be at least 1, got 0"),
+    "shots": (2.5, "shots must be an integer of at least 0, got 2.5"),
+    "batch_size": (0, "batch_size must be an integer of at least 1, got 0"),
     "beta_v": (float("nan"), "beta_v must be finite and >= 0, got nan"),
     "lr": (0.0, "lr must be finite and > 0, got 0.0"),
     "dropout": (1.0, r"dropout must be in \[0, 1\), got 1.0"),
-    "template": ("a photo", "template must hold {} for the name, got 'a photo'"),
+    "template": ("a {} or {}", r"template must hold one \{\} for the name, got 'a \{\} or \{\}'"),
+    "class_specific": (True, "class_specific must be False for 'dapt', got True"),
     "context_length": (3, "context_length must be 0 with init, got 3"),
 }
 
@@ -253,9 +286,10 @@ def test_scores_against_scikit_learn():
     torch.manual_seed(0)
     probabilities, labels = torch.rand(500, 7).softmax(1), torch.randint(7, (500,))
     probabilities[:, 6] = 0  # a class that is never predicted
+    probabilities = torch.nn.functional.pad(probabilities, (0, 1))  # and one that does not occur either
     got, predicted = scores(probabilities, labels), probabilities.argmax(1)
     assert got.accuracy == pytest.approx(accuracy_score(labels, predicted))
-    assert got.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0))
+    assert got.macro_f1 == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
 def test_expected_calibration_error_by_hand():
@@ -314,23 +348,86 @@ def test_fit_eval_and_their_report(runs, tmp_path, capsys, splits, encoder):
     table = capsys.readouterr().out
     assert table.strip() in (tmp_path / "report.md").read_text()
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
-    kinds = {(r["method"], r["shots"], r["classes"]) for r in rows}
-    assert {("coop", 1, "all"), ("dapt", 2, "all"), ("zero-shot", 0, "all"), ("linear probe", 2, "all")} <= kinds
-    assert {("coop", 2, "base"), ("coop", 2, "new"), ("zero-shot", 0, "new"), ("linear probe", 2, "base")} <= kinds
+    kinds = {(r["method"], r["shots"], r["trained_on"], r["scored_on"]) for r in rows}
+    assert kinds == {
+        *((method, k, "all", "all") for method in ("coop", "dapt", "linear probe") for k in (1, 2)),
+        *(("coop", 2, "base", "base"), ("coop", 2, "base", "new"), ("linear probe", 2, "base", "base")),
+        *(("zero-shot", None, None, on) for on in ("all", "base", "new")),
+    }
     tuned = Tuned.load(runs / "all" / "dapt" / "2-shot" / "seed2" / "prompt.safetensors")
     test = Inputs(splits["test"], encoder, progress=False)
     accuracy = {r["seed"]: r["scores"]["accuracy"] for r in rows if (r["method"], r["shots"]) == ("dapt", 2)}
     assert accuracy[2] == scores(predict(tuned, test), test.labels).accuracy
     values = [100 * accuracy[seed] for seed in (1, 2)]
-    assert f"| dapt | 2 | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in table
-    base, new = (
-        {r["seed"]: 100 * r["scores"]["accuracy"] for r in rows if (r["method"], r["classes"]) == ("coop", classes)}
-        for classes in ("base", "new")
-    )
-    harmonic = statistics.mean(2 / (1 / base[seed] + 1 / new[seed]) for seed in (1, 2))
-    assert f" {harmonic:.1f} ± " in table.splitlines()[-1]
-    for name in ("accuracy_by_shots", "accuracy_by_shots_base", "class_embeddings", "class_distances"):
+    assert f"| dapt | 2 | 2 | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in table
+    harmonic = []
+    for seed in (1, 2):
+        tuned = Tuned.load(runs / "base" / "coop" / "2-shot" / f"seed{seed}" / "prompt.safetensors")
+        shares = []
+        for classes in ("base", "new"):
+            part = Inputs(splits["test"].of_classes(classes), encoder, progress=False)
+            shares.append(scores(predict(tuned.for_classes(part.data.classnames), part), part.labels).accuracy)
+        harmonic.append(100 * 2 / (1 / shares[0] + 1 / shares[1]))
+    assert table.splitlines()[-1].endswith(f"| {statistics.mean(harmonic):.1f} ± {statistics.stdev(harmonic):.1f} |")
+    train = Inputs(splits["train"].few_shot(2, 1), encoder, progress=False)
+    probe = next(r["scores"] for r in rows if (r["method"], r["shots"], r["seed"]) == ("linear probe", 2, 1))
+    assert probe["accuracy"] == scores(linear_probe(train, test), test.labels).accuracy
+    for name in ("accuracy_by_shots", "accuracy_by_shots_base_new", "class_embeddings", "class_distances"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500
+
+
+def quickly(splits, encoder, directory, **options):
+    run(splits, encoder, config(**{"epochs": 1, "batch_size": 40, **options}), directory)
+
+
+def test_runs_that_stand_for_the_same_are_refused(splits, encoder, tmp_path):
+    for lr in (0.1, 0.2):
+        quickly(splits, encoder, tmp_path / str(lr), lr=lr)
+    with pytest.raises(ValueError, match=r"must differ in .*0\.1/.* and .*0\.2/.* \(lr 0\.1 and 0\.2\)"):
+        evaluate_runs(tmp_path, splits, progress=False)
+
+
+def test_runs_on_base_and_new_classes_are_kept_apart(splits, encoder, tmp_path):
+    """Those on new classes are no result of base to new, and contexts of each class are scored on their own alone."""
+    quickly(splits, encoder, tmp_path / "a", classes="base", init="", class_specific=True, context_length=2)
+    quickly(splits, encoder, tmp_path / "b", classes="new")
+    quickly(splits, encoder, tmp_path / "c", method="vpt", classes="base", shots=0)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "last.pt").touch()
+    with pytest.warns(UserWarning, match="1 unfinished runs are left out, first .*d"):
+        report = evaluate_runs(tmp_path, splits, progress=False)
+    kinds = {(r.method, r.trained_on, r.scored_on) for r in report.results if r.shots is not None}
+    probes = {("linear probe", "base", "base"), ("linear probe", "new", "new")}
+    assert kinds == {
+        ("coop", "base", "base"),
+        ("coop", "new", "new"),
+        ("vpt", "base", "base"),
+        ("vpt", "base", "new"),
+        *probes,
+    }
+    rows = report.base_to_new().splitlines()
+    assert [row.split(" | ")[:2] for row in rows[3:]] == [
+        ["| linear probe", "2"], ["| linear probe", "all"], ["| coop", "2"], ["| vpt", "all"],
+    ]  # fmt: skip
+    assert rows[5].endswith(" |  |  |") and "## New classes, by prompts of their own" in report.table()
+    report.draw(tmp_path / "figures")
+    assert (tmp_path / "figures" / "accuracy_by_shots_new_new.png").exists()
+
+
+def test_classes_of_another_data_set_and_a_single_class(splits, encoder, tmp_path):
+    two = splits["train"].of_classes("base")
+    run({"train": two}, encoder, config(epochs=1), tmp_path / "other")
+    report = evaluate_runs(tmp_path, splits, progress=False)
+    assert {(r.method, r.trained_on) for r in report.results} == {("coop", "other"), ("zero-shot", None)}
+    assert "## All classes, by prompts of other ones" in report.table()
+    rows = (splits["val"].labels == 3).nonzero()[:, 0]
+    one = LabelledImages("threes", splits["val"].images[rows], torch.zeros(len(rows), dtype=torch.long), ["three"])
+    run({"train": one}, encoder, config(epochs=1), tmp_path / "one")
+    report = evaluate_runs(tmp_path / "one", {"train": one, "test": one}, progress=False)
+    assert {r.scores.accuracy for r in report.results} == {1.0}
+    report.draw(tmp_path / "figures")
+    with pytest.raises(ValueError, match=r"threes must have two classes or more, got \['three'\]"):
+        one.of_classes("new")
 
 
 def test_fit_resumes_what_is_missing_and_keeps_what_is_there(runs, tmp_path, capsys):
@@ -372,9 +469,13 @@ def test_mistakes(capsys, tmp_path, runs):
     assert "--split must be one of ['test', 'train', 'val'], got 'dev'" in fail(capsys, *wrong)
     missing = ("predict", "--checkpoint", runs / "all" / "coop" / "2-shot" / "seed1", tmp_path / "no.png")
     assert "no.png" in fail(capsys, *missing)
-    torn = tmp_path / "torn.png"
-    torn.write_bytes(b"\x89PNG torn")
-    assert "torn.png" in fail(capsys, *missing[:-1], torn)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.jpg")
+    torn = tmp_path / "torn.jpg"
+    torn.write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
+    assert "torn.jpg: " in fail(capsys, *missing[:-1], torn)
+    assert "--top must be at least 1, got 0" in fail(capsys, *missing, "--top", 0)
+    template = ("eval", "--data", DATA, "--runs", runs, "--template", "a photo")
+    assert "template must hold one {} for the name, got 'a photo'" in fail(capsys, *template)
 
 
 def test_built_in_run(tmp_path, monkeypatch, capsys):
@@ -390,7 +491,7 @@ def test_built_in_run(tmp_path, monkeypatch, capsys):
     for method in ("zero-shot", "linear probe", *prompts.METHODS):
         assert report.count(f"\n| {method} |") == 2 + method.startswith("dapt")
     rows = json.loads((tmp_path / "thickened" / "results.json").read_text())["results"]
-    at = {r["method"]: r["scores"]["accuracy"] for r in rows if r["shots"] == 2 and r["classes"] == "all"}
+    at = {r["method"]: r["scores"]["accuracy"] for r in rows if r["shots"] == 2 and r["scored_on"] == "all"}
     for method in ("dapt", "dapt-t10-v100"):
         assert f"| {method} | thickened | 2 | {100 * (at[method] - at['coop+vpt']):+.1f} |" in report
     assert (tmp_path / "thickened" / "class_distances.png").exists()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import fastprob
-from fastprob._training import Run, cosine, own_random_state
+from fastprob._training import Run, cosine, own_random_state, seed_all
 from fastprob.adapters.adapter import ProbVLM, check_adapter
 from fastprob.adapters.pairs import Paired, Pairs, check_paired
 
@@ -178,7 +178,7 @@ class _Run(Run):
     """Training of the two adapters on pairs."""
 
     def __init__(self, config: TrainConfig, train: Pairs, held_out: Pairs | None, directory: Path | None):
-        torch.manual_seed(config.seed)
+        seed_all(config.seed, train.device)
         model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive).to(train.device)
         steps = math.ceil(train.images / config.batch_size)
         super().__init__(

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fastprob.cli import probvlm, prompt
 from fastprob.cli._command import Command
 
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
 
 
 def no_options(parser: argparse.ArgumentParser) -> None:

@@ -28,12 +28,11 @@ def add_fields(
     for field in dataclasses.fields(config):
         if field.name in but:
             continue
-        name, described = "--" + field.name.replace("_", "-"), help[field.name]
+        name, described = "--" + field.name.replace("_", "-"), help[field.name].replace("%", "%%")
         if isinstance(field.default, bool):
             parser.add_argument(name, action="store_true", help=described)
         else:
             described += f" (default: {field.default!r})" if field.default != "" else ""
-            described = described.replace("%", "%%")
             parser.add_argument(name, type=type(field.default), default=field.default, help=described)
 
 

@@ -33,6 +33,7 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fit(args: argparse.Namespace) -> None:
+    from fastprob._training import LAST
     from fastprob.data.labelled import open_splits
     from fastprob.prompts import fit
     from fastprob.prompts.training import CHECKPOINT
@@ -40,12 +41,12 @@ def fit(args: argparse.Namespace) -> None:
     configs = _configs(args)
     runs = {run_directory(args.out, config): config for config in configs}
     for directory in runs:
-        if not args.resume and (directory / "last.pt").exists():
+        if not args.resume and ((directory / LAST).exists() or (directory / CHECKPOINT).exists()):
             raise ValueError(f"{directory} holds a run already; go on with it by --resume, or choose another --out")
     train, encoder = open_splits(args.data)["train"], load_encoder_of(args)
     for number, (directory, config) in enumerate(runs.items(), start=1):
         print(f"[{number}/{len(runs)}] {directory}")
-        resume = args.resume and (directory / "last.pt").exists()
+        resume = args.resume and (directory / LAST).exists()
         tuned = fit(train, encoder, config=config, directory=directory, resume=resume, workers=args.workers)
         print(f"{directory / CHECKPOINT}: loss {tuned.history['train_loss'][-1]:.4f}")
 
@@ -71,6 +72,7 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", required=True, type=Path, help="directory with runs of `prompt fit`, at any depth")
     parser.add_argument("--split", default="test", help="test, val or train (default: test)")
     parser.add_argument("--template", help="prompt of the zero-shot predictions (default: the data set's)")
+    parser.add_argument("--no-linear-probe", action="store_true", help="no linear probe of each run's images")
     parser.add_argument("--out", type=Path, help="directory of report.md, results.json and figures")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--device", help="default: CUDA where there is one")
@@ -84,7 +86,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.split not in splits:
         raise ValueError(f"--split must be one of {sorted(splits)}, got {args.split!r}")
     options = {"split": args.split, "template": args.template, "workers": args.workers}
-    report = evaluate_runs(args.runs, splits, device=device_of(args.device), **options)
+    options |= {"probe": not args.no_linear_probe, "device": device_of(args.device)}
+    report = evaluate_runs(args.runs, splits, **options)
     print(report.table())
     if args.out is not None:
         report.save(args.out)
@@ -108,6 +111,8 @@ def predict(args: argparse.Namespace) -> None:
     from fastprob.prompts import Inputs, Tuned, predict
     from fastprob.prompts.training import CHECKPOINT
 
+    if args.top < 1:
+        raise ValueError(f"--top must be at least 1, got {args.top}")
     path = args.checkpoint / CHECKPOINT if args.checkpoint.is_dir() else args.checkpoint
     tuned = Tuned.load(path, device=device_of(args.device))
     labels = torch.zeros(len(args.images), dtype=torch.long)  # unknown

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fastprob.data.digitscenes import DigitScenes
+from fastprob.data.images import open_rgb
 
 EXPECTED = (
     "digitscenes[:train|val|test], a COCO captions .json, a Flickr30k .csv, "
@@ -43,8 +44,7 @@ class ImageCaptions(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, list[str]]:
-        with Image.open(self.images[i]) as image:
-            return image.convert("RGB"), self.captions[i]
+        return open_rgb(self.images[i]), self.captions[i]
 
 
 def open_dataset(spec: str) -> DigitScenes | ImageCaptions:

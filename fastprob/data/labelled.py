@@ -10,7 +10,9 @@ imagenet/                                 train/, val/ and test/ with a folder o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastprob.data.digitscenes import NAMES, DigitScenes
+from fastprob.data.images import open_rgb
 
 CLASSES = ("all", "base", "new")
 TEMPLATE = "a photo of a {}."  # CLIP's own; the data sets of CoOp have one each, "a photo of a {}, a type of pet."
@@ -54,13 +57,22 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> Image.Image:
         image = self.images[i]
-        if isinstance(image, np.ndarray):
-            return Image.fromarray(image)
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
+        return Image.fromarray(image) if isinstance(image, np.ndarray) else open_rgb(image)
+
+    def fingerprint(self) -> str:
+        """sha256 over labels and pixels, or over the files' names and folders: equal for equal images, wherever."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        for image in self.images:
+            pixels = isinstance(image, np.ndarray)
+            digest.update(image.tobytes() if pixels else f"{image.parent.name}/{image.name}\n".encode())
+        return digest.hexdigest()
 
     def few_shot(self, shots: int, seed: int) -> LabelledImages:
-        """`shots` images of every class (all of a class that has fewer), drawn by `seed`, class by class."""
+        """`shots` images of every class (0: all; all of a class that has fewer), drawn by `seed`, class by class.
+
+        Fewer shots of the same seed are among more. The draw is not that of the released code for a seed.
+        """
+        shots = shots or len(self)
         draw = torch.Generator().manual_seed(seed)
         chosen = []
         for label in range(len(self.classnames)):
@@ -73,6 +85,8 @@ class LabelledImages(Dataset):
         if which == "all":
             return self
         half = (len(self.classnames) + 1) // 2
+        if which == "new" and half == len(self.classnames):
+            raise ValueError(f"of_classes: {self.name} must have two classes or more, got {self.classnames}")
         low, high = {"base": (0, half), "new": (half, len(self.classnames))}[which]
         inside = (self.labels >= low) & (self.labels < high)
         part = self._rows(inside.nonzero()[:, 0], f"{self.name}, {which} classes")
@@ -94,8 +108,8 @@ def open_splits(spec: str) -> dict[str, LabelledImages]:
         if shift not in SHIFTS:
             raise ValueError(f"open_splits: digits must be shifted by one of {[*SHIFTS][1:]}, got {shift!r}")
         return {split: _digits(spec, split, SHIFTS[shift]) for split in DIGIT_SCENES}
-    file, _, root = spec.partition("@")
-    path = Path(file).expanduser()
+    file, root = re.fullmatch(r"(.*?\.json)@(.*)|.*", spec, re.DOTALL).groups()
+    path = Path(file or spec).expanduser()
     if path.suffix == ".json" and path.is_file():
         return _coop_splits(path, Path(root).expanduser() if root else None)
     if path.is_dir():
@@ -132,7 +146,10 @@ def _coop_splits(path: Path, root: Path | None) -> dict[str, LabelledImages]:
         raise ValueError(f"open_splits: {path}: expected {expected}, got {type(error).__name__}: {error}") from error
     if not rows.get("train") or not rows.get("test"):
         raise ValueError(f"open_splits: {path}: expected rows of 'train' and of 'test', got {sorted(rows)}")
-    names = {label: name for split in rows.values() for _, label, name in split}
+    names: dict[int, str] = {}
+    for _, label, name in (row for of in rows.values() for row in of):
+        if names.setdefault(label, name) != name:
+            raise ValueError(f"open_splits: {path}: expected one name of label {label}, got {names[label]!r}, {name!r}")
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"open_splits: {path}: expected labels 0 to {len(names) - 1}, got {sorted(names)}")
     first = rows["train"][0][0]
@@ -167,7 +184,9 @@ def _folders(path: Path) -> dict[str, LabelledImages]:
             raise ValueError(f"open_splits: {path}: expected the classes of train/ in {split}/, they differ by {odd}")
     file = path / "classnames.txt"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    names = dict(line.strip().split(maxsplit=1) for line in lines if " " in line.strip())
+    names = dict(line.split(maxsplit=1) for line in map(str.strip, lines) if len(line.split()) > 1)
+    if names and not names.keys() & set(classes):
+        raise ValueError(f"open_splits: {file}: expected lines 'folder name' of {classes[:3]}, got {lines[:3]}")
     classnames = [names.get(each, each) for each in classes]
     return {
         split: _files(f"{path.name} {split}", [Path(p) for p, _ in of.samples], of.targets, classnames)

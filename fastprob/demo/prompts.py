@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from fastprob._training import LAST, write_atomically
 from fastprob.data.labelled import open_splits
 from fastprob.demo.study import each_on_a_thread
 from fastprob.encoders import load_encoder
@@ -53,8 +54,8 @@ def run(
     for shift, report in reports.items():
         report.save(out / shift)
         report.draw(out / shift)
-    text = _report(reports, epochs)
-    (out / "report.md").write_text(text, encoding="utf-8")
+    text = _report(reports, epochs, len(seeds))
+    write_atomically(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
     print(f"\n{text}\nWritten to {out / 'report.md'}")
 
 
@@ -67,13 +68,13 @@ def _fit(out: Path, setting: tuple[str, PromptConfig]) -> None:
     shift, config = setting
     train, encoder = _tools(shift)
     directory = out / shift / config.classes / config.name / f"{config.shots}-shot" / f"seed{config.seed}"
-    resume = (directory / "last.pt").exists()
+    resume = (directory / LAST).exists()
     fit(train, encoder, config=config, directory=directory, resume=resume, progress=False)
 
 
 def gains(report: Report, method: str) -> dict[int, list[float]]:
     """Shots -> the accuracy of a DAPT less that of CoOp + VPT with the same seed: what its two terms add."""
-    settings = report.by_setting("all")
+    settings = report.by_setting("all", "all")
     return {
         shots: [scores.accuracy - settings["coop+vpt", shots][seed].accuracy for seed, scores in seeds.items()]
         for (name, shots), seeds in settings.items()
@@ -81,10 +82,10 @@ def gains(report: Report, method: str) -> dict[int, list[float]]:
     }
 
 
-def _report(reports: dict[str, Report], epochs: int) -> str:
+def _report(reports: dict[str, Report], epochs: int, seeds: int) -> str:
     parts = [
         "# Few-shot adaptation to shifted digits",
-        f"The tiny CLIP, {epochs} epochs, {len(SEEDS)} seeds; accuracy in percent, mean ± standard deviation. Prompts "
+        f"The tiny CLIP, {epochs} epochs, {seeds} seeds; accuracy in percent, mean ± standard deviation. Prompts "
         'start from "a lone <digit>", that of the zero-shot predictions.',
     ]
     for shift, report in reports.items():

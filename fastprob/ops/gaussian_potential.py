@@ -60,7 +60,9 @@ def _gradient(grad, x, *, t, reduction, normalize):
 def gaussian_potential(x: Tensor, *, t: float = 2.0, reduction: str = "mean", normalize: bool = False) -> Tensor:
     """Mean Gaussian potential of pairs of points, exp(-t ||x_m - x_n||^2): DAPT's inter-class dispersion.
 
-    Value and gradient in one pass over tiles, in memory of the size of x.
+    Value and gradient in one pass over tiles, in memory of the size of x. Half types are computed in float32. On a GPU
+    the products have the precision that torch is set to: float32, or TF32 after
+    `torch.set_float32_matmul_precision("high")`.
 
     Args:
         x: [C, D] points, class embeddings of unit norm as a rule; float64, float32, bfloat16 or float16.

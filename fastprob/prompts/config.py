@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,9 +67,9 @@ class PromptConfig:
                 expected = ", ".join(map(repr, choices))
                 raise ValueError(f"PromptConfig: {name} must be one of {expected}, got {getattr(self, name)!r}")
         for name in ("shots", "epochs", "batch_size", "context_length", "visual_length", "chunk", "seed"):
-            least = int(name in ("batch_size", "visual_length"))
-            if getattr(self, name) < least:
-                raise ValueError(f"PromptConfig: {name} must be at least {least}, got {getattr(self, name)}")
+            value, least = getattr(self, name), int(name in ("batch_size", "visual_length"))
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"PromptConfig: {name} must be an integer of at least {least}, got {value!r}")
         for name in ("beta_t", "beta_v"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"PromptConfig: {name} must be finite and >= 0, got {getattr(self, name)}")
@@ -76,8 +77,10 @@ class PromptConfig:
             raise ValueError(f"PromptConfig: lr must be finite and > 0, got {self.lr}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"PromptConfig: dropout must be in [0, 1), got {self.dropout}")
-        if self.template and "{}" not in self.template:
-            raise ValueError(f"PromptConfig: template must hold {{}} for the name, got {self.template!r}")
+        if self.template:
+            check_template("PromptConfig", self.template)
+        if self.class_specific and self.method != "coop":
+            raise ValueError(f"PromptConfig: class_specific must be False for {self.method!r}, got True")
         if self.init and self.context_length:
             raise ValueError(f"PromptConfig: context_length must be 0 with init, got {self.context_length}")
 
@@ -112,6 +115,17 @@ def build(config: PromptConfig, encoder: Encoder, classnames: Sequence[str]) -> 
         return CoCoOp(*parts, **options)
     weights = {"beta_t": config.beta_t, "beta_v": config.beta_v}
     return DAPT(*parts, visual_length=config.visual_length, **visual, **weights, **options)
+
+
+def check_template(who: str, template: str) -> str:
+    """The template; ValueError unless it has one place for a name."""
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError:
+        fields = None
+    if fields != [""]:
+        raise ValueError(f"{who}: template must hold one {{}} for the name, got {template!r}")
+    return template
 
 
 def class_embeddings(encoder: Encoder, classnames: Sequence[str], template: str) -> Tensor:
@@ -175,8 +189,16 @@ class Tuned:
         if _FORMAT not in metadata:
             raise ValueError(f"Tuned: {path} must be of format {_FORMAT!r}, got {sorted(metadata)}")
         about = json.loads(metadata[_FORMAT])
-        config, classnames, of = PromptConfig(**about["config"]), about["classnames"], about["encoder"]
-        encoder = encoder or load_encoder(of["model"], pretrained=of["pretrained"], device=device)
+        classnames, of = about["classnames"], about["encoder"]
+        try:
+            config = PromptConfig(**about["config"])
+        except TypeError as error:
+            raise ValueError(f"Tuned: {path} must have the options of this version: {error}") from error
+        if encoder is None:
+            try:
+                encoder = load_encoder(of["model"], pretrained=of["pretrained"], device=device)
+            except RuntimeError as error:  # open_clip's, of weights that it can't download
+                raise ValueError(f"Tuned: the encoder of {path}, {of['model']}: {error}") from error
         if (fingerprint or encoder.fingerprint()) != of["fingerprint"]:
             raise ValueError(f"Tuned: {path} must be for {encoder}, got one for {of['model']}, {of['pretrained']}")
         method = build(config, encoder, classnames)

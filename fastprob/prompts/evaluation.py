@@ -28,7 +28,7 @@ class Scores:
 def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     """Accuracy, macro-F1 and ECE of probabilities [N, C] for labels [N].
 
-        F1_c = 2 tp_c / (2 tp_c + fp_c + fn_c), 0 for a class that neither occurs nor is predicted
+        F1_c = 2 tp_c / (2 tp_c + fp_c + fn_c), for every class that occurs or is predicted
         ECE = sum over 15 equal bins of confidence: share of the bin |accuracy - mean confidence|
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, for the ECE.
@@ -39,7 +39,7 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     right = predicted == labels
     hits = torch.bincount(labels[right], minlength=classes)
     twice = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
-    f1 = 2 * hits / twice.clamp(min=1)
+    f1 = (2 * hits / twice)[twice > 0]
     which = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bins are open below, closed above
     gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, which, right.double() - confidence)
     return Scores(float(right.double().mean()), float(f1.mean()), float(gap.abs().sum() / count))
@@ -71,10 +71,16 @@ def linear_probe(train: Inputs, test: Inputs) -> Tensor:
     The features count times CLIP's logit scale, so that a weight of unit norm is one more class embedding; with this
     unit the penalty |w|^2 / 2 (scikit-learn's default) needs no tuning. Raises ImportError without scikit-learn.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError("the linear probe needs scikit-learn: pip install 'fastprob[demo]'") from error
+    require_scikit_learn()
+    from sklearn.linear_model import LogisticRegression
+
     scale = train.encoder.model.logit_scale.exp()
     model = LogisticRegression(max_iter=1000).fit((scale * train.features).cpu().numpy(), train.labels.cpu().numpy())
     return torch.from_numpy(model.predict_proba((scale * test.features).cpu().numpy()))
+
+
+def require_scikit_learn() -> None:
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError as error:
+        raise ImportError("the linear probe needs scikit-learn: pip install 'fastprob[demo]'") from error

@@ -16,24 +16,26 @@ _MOST_NAMES = 30
 """Classes whose names still fit into a figure."""
 
 
-def accuracy_by_shots(accuracy: Mapping[str, Mapping[int, Sequence[float]]], path: str | os.PathLike) -> Path:
+def accuracy_by_shots(accuracy: Mapping[str, Mapping[int | None, Sequence[float]]], path: str | os.PathLike) -> Path:
     """Accuracy against the number of images a class, a line a method, with the standard deviation over seeds.
 
-    accuracy: method -> shots -> accuracy of each seed; shots 0 (zero-shot) is a level line. Returns `path`.
+    accuracy: method -> shots -> accuracy of each seed; shots None, of zero-shot predictions, is a level line, 0 stands
+    for all images. Returns `path`.
     """
     figure, axes = axes_of_figure()
+    shots = {k for by_shots in accuracy.values() for k in by_shots if k}
+    places = {k: k for k in shots} | {0: 2 * max(shots, default=1)}  # all images: one step further right
     for method, by_shots in accuracy.items():
-        shots = sorted(by_shots)
-        mean = [100 * statistics.mean(by_shots[k]) for k in shots]
-        if shots == [0]:
-            axes.axhline(mean[0], color="#666666", linestyle="--", linewidth=1, label=method)
+        if set(by_shots) == {None}:
+            axes.axhline(100 * by_shots[None][0], color="#666666", linestyle="--", linewidth=1, label=method)
             continue
-        std = [100 * statistics.stdev(by_shots[k]) if len(by_shots[k]) > 1 else 0.0 for k in shots]
-        axes.errorbar(shots, mean, yerr=std, fmt="o-", capsize=2, label=method)
-    ticks = sorted({k for by_shots in accuracy.values() for k in by_shots} - {0})
-    if ticks:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(k) for k in ticks])
+        at = sorted((places[k], seeds) for k, seeds in by_shots.items())
+        mean = [100 * statistics.mean(seeds) for _, seeds in at]
+        std = [100 * statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for _, seeds in at]
+        axes.errorbar([place for place, _ in at], mean, yerr=std, fmt="o-", capsize=2, label=method)
+    ticks = {place: str(k or "all") for k, place in places.items() if any(k in by for by in accuracy.values())}
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set(xlabel="images of a class", ylabel="accuracy (%)", title="Accuracy by shots")
     axes.legend(frameon=False)
     return save_figure(figure, path)

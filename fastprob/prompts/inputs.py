@@ -49,7 +49,8 @@ class Inputs:
     def features(self) -> Tensor:
         """[N, D] of unit norm, on the encoder's device."""
         rows = torch.arange(len(self)).split(self.batch_size)
-        bar = tqdm(self._read(rows), f"encode {self.data.name}", len(rows), leave=False, disable=not self.progress)
+        read = self._read(rows) if "_kept" in self.__dict__ else self._load(rows, self.encoder.preprocess)
+        bar = tqdm(read, f"encode {self.data.name}", len(rows), leave=False, disable=not self.progress)
         with torch.autocast(self.encoder.device.type, enabled=False):  # whoever asks first, and in which precision
             return torch.cat([self.encoder.encode_image(images) for images in bar])
 
@@ -95,7 +96,7 @@ class _Transformed(Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, i))
+            torch.default_generator.manual_seed(seed_of(self.seed, i))  # the CPU's alone
             return self.transform(self.data[i])
 
 

@@ -1,6 +1,9 @@
 """Few-shot training of prompts: CoOp, CoCoOp, VPT and DAPT, with the released schedule, resumable bit for bit.
 
 SGD with momentum 0.9 and weight decay 5e-4; the first epoch at a learning rate of 1e-5, then along a cosine by epochs.
+Unlike the released code, an epoch keeps its last, smaller batch, and DAPT's prototypes are of the images as they are,
+not of random crops.
+
 What nothing trained can change is computed once: features of the images where the image side is not tuned and nothing
 is augmented, preprocessed images, DAPT's prototypes. A run directory holds
 
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastprob._training import Run, cosine, own_random_state, seed_of
+from fastprob._training import Run, cosine, own_random_state, seed_all, seed_of
 from fastprob.data.labelled import LabelledImages
 from fastprob.encoders import Encoder
 from fastprob.prompts.config import PromptConfig, Tuned, autocast, build
@@ -73,18 +76,22 @@ def fit(
     if not counts.all():
         missing = data.classnames[int((counts == 0).nonzero()[0])]
         raise ValueError(f"fit: data must have an image of every class, got none of {missing!r}")
-    data = data.few_shot(config.shots or int(counts.max()), config.seed)
+    data = data.few_shot(config.shots, config.seed)
     inputs = Inputs(data, encoder, workers=workers, augment=config.augment, progress=progress)
     with own_random_state(encoder.device):
         run = _Run(config, inputs, None if directory is None else Path(directory))
         run.train(resume=resume, progress=progress)
-    return run.tuned()
+    tuned = run.tuned()
+    if run.directory is not None and not (run.directory / CHECKPOINT).exists():
+        tuned.save(run.directory / CHECKPOINT)
+    return tuned
 
 
 class _Run(Run):
     def __init__(self, config: PromptConfig, inputs: Inputs, directory: Path | None):
-        torch.manual_seed(config.seed)
-        self.config, self.inputs, self.fingerprint = config, inputs, inputs.encoder.fingerprint()
+        seed_all(config.seed, inputs.encoder.device)
+        self.config, self.inputs = config, inputs
+        self.fingerprints = {"images": inputs.data.fingerprint(), "encoder": inputs.encoder.fingerprint()}
         model = build(config, inputs.encoder, inputs.data.classnames)
         shots = int(torch.bincount(inputs.data.labels).max())
         epochs = config.epochs or next(n for most, n in ((1, 50), (4, 100), (math.inf, 200)) if shots <= most)
@@ -119,17 +126,17 @@ class _Run(Run):
                 return self.model.loss(images, labels, self.prototypes)
             return F.cross_entropy(self.model(images), labels)
 
-    def epoch_ended(self, train_loss: float) -> None:
-        if self.epoch == self.epochs and self.directory is not None:
-            self.tuned().save(self.directory / CHECKPOINT)
+    def start(self) -> None:
+        if self.directory is not None:
+            (self.directory / CHECKPOINT).unlink(missing_ok=True)  # an earlier run's
+        super().start()
 
     def tuned(self) -> Tuned:
         inputs = self.inputs
         return Tuned(self.model.eval(), self.config, inputs.encoder, list(inputs.data.classnames), self.history)
 
     def identity(self) -> dict:
-        data = {"images": len(self.inputs), "classnames": list(self.inputs.data.classnames)}
-        return {**asdict(self.config), "data": data, "encoder": self.fingerprint}
+        return {**asdict(self.config), "classnames": self.inputs.data.classnames, **self.fingerprints}
 
 
 def _rate(epoch: int, epochs: int, lr: float) -> float:

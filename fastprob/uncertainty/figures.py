@@ -105,8 +105,8 @@ def axes_of_figure(panels: int | None = None):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'fastprob[plot]'") from error
-    width = 6.4 if panels is None else 1.0 + 3.2 * panels
-    figure = Figure(figsize=(width, 4.0), dpi=150, layout="constrained")
+    size = (6.4, 4.0) if panels is None else (3.0 * panels, 3.2)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     every = [figure.subplots()] if panels is None else list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)

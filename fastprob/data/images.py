@@ -1,0 +1,25 @@
+"""Image files as RGB."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image
+
+
+def open_rgb(path: str | os.PathLike) -> Image.Image:
+    """The image of a file, in RGB; 16-bit greys are scaled to 8 bits, where Pillow would cut them off at 255.
+
+    Raises ValueError naming the file where it is none, torn, or of 32-bit numbers without a range; OSError as `open`.
+    """
+    with open(path, "rb") as file:
+        try:
+            image = Image.open(file)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"expected 8 or 16 bits a channel, got mode {image.mode!r}")
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"open_rgb: {os.fspath(path)}: {error}") from error
