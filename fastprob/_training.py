@@ -29,8 +29,8 @@ class Run:
     directory (None: nothing is written) holds last.pt, what a run resumes from, and history.json: the loss of every
     step and epoch, and what the subclass adds; each is replaced in one step.
 
-    format: of last.pt; model, optimizer: what trains; lr: what a message names; rate(step): the share of it at a step;
-    epochs, steps: of the run and of an epoch; scaler: of a loss in half precision.
+    format: of last.pt; model, optimizer: what trains, at the optimiser's learning rate times rate(step); epochs, steps:
+    of the run and of an epoch; scaler: of a loss in float16.
     """
 
     def __init__(

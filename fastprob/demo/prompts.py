@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import fastprob
 from fastprob._training import LAST, write_atomically
 from fastprob.data.labelled import open_splits
 from fastprob.demo.study import each_on_a_thread
@@ -85,6 +89,7 @@ def gains(report: Report, method: str) -> dict[int, list[float]]:
 def _report(reports: dict[str, Report], epochs: int, seeds: int) -> str:
     parts = [
         "# Few-shot adaptation to shifted digits",
+        f"fastprob {fastprob.__version__}, torch {torch.__version__}, {platform.machine()} CPU.",
         f"The tiny CLIP, {epochs} epochs, {seeds} seeds; accuracy in percent, mean ± standard deviation. Prompts "
         'start from "a lone <digit>", that of the zero-shot predictions.',
     ]
