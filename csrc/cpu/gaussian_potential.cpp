@@ -5,7 +5,9 @@
 // tournament in which everyone plays once a round: no tile is written by two threads at a time, and each gets its sums
 // in the same order on any number of threads.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 #include <vector>
 
 #include "../arguments.h"
@@ -16,7 +18,8 @@
 namespace fastprob {
 namespace {
 
-constexpr int64_t kTile = 64;  // points: its potentials take 16 KB of L1
+constexpr int64_t kTile = 64;    // points: its potentials take 16 KB of L1
+constexpr int64_t kDepth = 128;  // coordinates at a time: as much of J's panels as stays in L1 for all rows of I
 static_assert(kTile % kColumns<float> == 0 && kTile % kRows == 0);
 
 // Points [C, D] as the products read them, in tiles of kTile points padded with zeros, D padded to whole panels.
@@ -104,8 +107,12 @@ void pair(Points<T>& p, int64_t I, int64_t J, T t) {
   alignas(64) T k[kTile][kTile] = {};
   const int64_t panel = p.dim * kColumns<T>, tile = kTile * p.width;
   const T *x_i = p.by_dim + I * kTile * p.dim, *x_j = p.by_dim + J * kTile * p.dim;
-  for (int64_t i = 0; i < kTile; i += kColumns<T>, x_i += panel)  // of I's panels, each row of which lies together
-    add_product(Left<T>{x_i, 1, kColumns<T>}, x_j, panel, p.dim, k[i], kTile, kColumns<T>, kTile);
+  for (int64_t d = 0; d < p.dim; d += kDepth)
+    for (int64_t i = 0; i < kTile; i += kColumns<T>) {  // of I's panels, each row of which lies together
+      const T* rows = x_i + i * p.dim + d * kColumns<T>;
+      const int64_t depth = std::min(kDepth, p.dim - d);
+      add_product(Left<T>{rows, 1, kColumns<T>}, x_j + d * kColumns<T>, panel, depth, k[i], kTile, kColumns<T>, kTile);
+    }
   const T *square_i = p.squares + I * kTile, *square_j = p.squares + J * kTile;
   T *sums_i = p.sums + I * kTile, *sums_j = p.sums + J * kTile;
   alignas(64) T to_j[kTile] = {};
@@ -135,20 +142,28 @@ void pair(Points<T>& p, int64_t I, int64_t J, T t) {
   }
 }
 
-// Every pair of tiles, a round at a time: in round r the tiles r + m and r - m (mod n - 1) meet, and r meets the last.
+// Every tile with itself in round 0, then every pair: in round r + 1 the tiles r + m and r - m (mod n - 1) meet, and r
+// meets the last. Threads take the meetings in this order and wait only until both tiles have played their rounds
+// before: who waits, waits for a meeting that another thread has begun.
 template <bool with_gradients, typename T>
 void all_pairs(Points<T>& p, T t) {
-  torch::stable::parallel_for(0, p.tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) pair<with_gradients>(p, i, i, t);
+  const int64_t even = p.tiles + p.tiles % 2, others = even - 1, half = even / 2;
+  std::vector<std::atomic<int64_t>> played(even);  // rounds of each tile, the odd one out among them
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, half, 1, [&](int64_t, int64_t) {
+    for (int64_t at; (at = next.fetch_add(1)) < half * even;) {
+      const int64_t round = at / half, m = at % half;
+      const int64_t a = round == 0 ? 2 * m : m ? (round - 1 + m) % others : others;
+      const int64_t b = round == 0 ? 2 * m + 1 : (round - 1 + others - m) % others;
+      for (const int64_t tile : {a, b})
+        while (played[tile].load(std::memory_order_acquire) < round) std::this_thread::yield();
+      if (round == 0)
+        for (int64_t tile = a; tile <= std::min(b, p.tiles - 1); ++tile) pair<with_gradients>(p, tile, tile, t);
+      else if (a < p.tiles && b < p.tiles)
+        pair<with_gradients>(p, std::min(a, b), std::max(a, b), t);
+      for (const int64_t tile : {a, b}) played[tile].store(round + 1, std::memory_order_release);
+    }
   });
-  const int64_t even = p.tiles + p.tiles % 2, others = even - 1;
-  for (int64_t round = 0; round < others; ++round)
-    torch::stable::parallel_for(0, even / 2, 1, [&](int64_t first, int64_t last) {
-      for (int64_t m = first; m < last; ++m) {
-        const int64_t a = m ? (round + m) % others : others, b = (round + others - m) % others;
-        if (a < p.tiles && b < p.tiles) pair<with_gradients>(p, std::min(a, b), std::max(a, b), t);
-      }
-    });
 }
 
 template <Kind kind>

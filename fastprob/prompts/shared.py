@@ -15,6 +15,7 @@ runs over one batch per length.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,20 +28,10 @@ from fastprob.prompts.tokens import PromptTokens
 
 @dataclass(frozen=True)
 class Group:
-    """`count` suffixes of `length` tokens, from token `first` of all suffixes on."""
+    """`count` suffixes of `length` tokens."""
 
-    first: int
     count: int
     length: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """[B, N, H, E] -> [B, H, count, length, E]."""
-        mine = x[:, self.first : self.first + self.count * self.length]
-        return mine.unflatten(1, (self.count, self.length)).permute(0, 3, 1, 2, 4)
-
-    def ends(self, x: Tensor) -> Tensor:
-        """[B, N, d] -> [B, count, d], the suffixes' last tokens."""
-        return x[:, self.first + self.length - 1 : self.first + self.count * self.length : self.length]
 
 
 @dataclass(frozen=True)
@@ -69,18 +60,13 @@ def suffixes(tokens: PromptTokens, classes: Sequence[int]) -> Suffixes:
     by_length = sorted(classes, key=lengths.__getitem__)
     positions = torch.cat([first + torch.arange(lengths[c]) for c in by_length])
     rows = torch.tensor(by_length).repeat_interleave(torch.tensor([lengths[c] for c in by_length]))
-    groups: list[Group] = []
-    at = 0
-    for length in sorted(set(lengths.values())):
-        count = sum(n == length for n in lengths.values())
-        groups.append(Group(at, count, length))
-        at += count * length
+    counts = Counter(lengths.values())
     place = {c: i for i, c in enumerate(by_length)}
     return Suffixes(
         tokens.ids[0, : first - tokens.slots.shape[1]],
         tokens.ids[rows, positions],
         positions,
-        tuple(groups),
+        tuple(Group(counts[length], length) for length in sorted(counts)),
         torch.tensor([place[c] for c in classes]),
     )
 
@@ -102,10 +88,19 @@ def encode(tower: nn.Module, context: Tensor, these: Suffixes) -> Tensor:
     return _rest(last, ends, _attention(last, x, prefix, these.groups, only_ends=True))[:, these.order]
 
 
+def _parts(x: Tensor, prefix: int, groups: tuple[Group, ...]) -> tuple[Tensor, list[Tensor]]:
+    """[B, P + N, ...] -> the prefix [B, P, ...] and, of each group, [B, count, length, ...].
+
+    One split: slices would each have a gradient of the whole row's size.
+    """
+    first, *rest = x.split([prefix, *(group.count * group.length for group in groups)], dim=1)
+    return first, [part.unflatten(1, (group.count, group.length)) for part, group in zip(rest, groups)]
+
+
 def _ends(x: Tensor, prefix: int, groups: tuple[Group, ...]) -> Tensor:
-    """The suffixes' last tokens, [B, P + N, d] -> [B, C, d]. By slices: indexing has Inductor (torch 2.11) reuse a
+    """The suffixes' last tokens, [B, P + N, d] -> [B, C, d]. Not by an index: that has Inductor (torch 2.11) reuse a
     buffer that the backward pass still needs."""
-    return torch.cat([group.ends(x[:, prefix:]) for group in groups], dim=1)
+    return torch.cat([part[:, :, -1] for part in _parts(x, prefix, groups)[1]], dim=1)
 
 
 def _rest(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
@@ -122,18 +117,17 @@ def _attention(block: nn.Module, x: Tensor, prefix: int, groups: tuple[Group, ..
     asking = _ends(h, prefix, groups) if only_ends else h
     q = F.linear(asking, attn.in_proj_weight[:d], attn.in_proj_bias[:d]).unflatten(-1, heads)
     k, v = F.linear(h, attn.in_proj_weight[d:], attn.in_proj_bias[d:]).unflatten(-1, (2, *heads)).unbind(2)
-    k_prefix, v_prefix = (t[:, :prefix].transpose(1, 2) for t in (k, v))  # [B, H, P, E]
-    k, v = k[:, prefix:], v[:, prefix:]
-    results = []
-    if not only_ends:
-        own = F.scaled_dot_product_attention(q[:, :prefix].transpose(1, 2), k_prefix, v_prefix, is_causal=True)
-        results.append(own.transpose(1, 2).flatten(2))  # [B, P, d]
-        q = q[:, prefix:]
-    done = 0
-    for group in groups:
-        asking = Group(done, group.count, 1) if only_ends else group
-        results.append(_group_attention(asking.of(q), group.of(k), group.of(v), k_prefix, v_prefix))
-        done += group.count
+    (k_prefix, k_groups), (v_prefix, v_groups) = _parts(k, prefix, groups), _parts(v, prefix, groups)
+    k_prefix, v_prefix = k_prefix.transpose(1, 2), v_prefix.transpose(1, 2)  # [B, H, P, E]
+    if only_ends:
+        _, q_groups = _parts(q, 0, tuple(Group(group.count, 1) for group in groups))
+        results = []
+    else:
+        own, q_groups = _parts(q, prefix, groups)
+        own = F.scaled_dot_product_attention(own.transpose(1, 2), k_prefix, v_prefix, is_causal=True)
+        results = [own.transpose(1, 2).flatten(2)]  # [B, P, d]
+    for of_group in zip(q_groups, k_groups, v_groups):
+        results.append(_group_attention(*(t.permute(0, 3, 1, 2, 4) for t in of_group), k_prefix, v_prefix))
     return torch.cat(results, dim=1)
 
 
