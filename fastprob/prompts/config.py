@@ -52,7 +52,7 @@ class PromptConfig:
     template: str = _option("", "VPT: prompt of its class embeddings; empty: the data set's, as 'a photo of a {}.'")
     augment: bool = _option(False, "random crops and flips, as released; without, features are encoded once")
     precision: str = _option("fp32", f"one of {', '.join(PRECISIONS)}")
-    chunk: int = _option(0, "most prompts to encode at once, to bound memory; 0: all")
+    chunk: int = _option(0, "most prompts to encode at once, to bound memory; 0: all, on a CPU 512")
     recompute: bool = _option(False, "compute activations again in the backward pass, to save memory")
     seed: int = _option(1, "of the images drawn, initial vectors, batches, dropout and crops")
 
