@@ -58,3 +58,28 @@ def assert_within_budget(actual, reference, truth, what="", exempt=False):
     assert worst.max() <= bound, (
         f"{what}: error {worst.max():.3g} at {truth.flatten()[worst.argmax()]:.6g}, bound {bound:.3g}"
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Waking a second thread costs more than small products, far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    """The tiny CLIP, frozen."""
+    from fastprob.encoders import load_encoder
+
+    return load_encoder("tiny")
+
+
+@pytest.fixture(scope="session")
+def splits():
+    """Thickened digits."""
+    from fastprob.data.labelled import open_splits
+
+    return open_splits("digits:thickened")

@@ -28,13 +28,7 @@ COUNT = 200  # scenes of each
 FIT = ("--epochs", "2", "--hidden", "16", "--batch-size", "64", "--device", "cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Waking a second thread costs more than these tiny products, far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")

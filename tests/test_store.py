@@ -18,13 +18,7 @@ from fastprob.encoders import load_encoder
 FILES = (*store_format.DATA_FILES, store_format.METADATA)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Waking a second thread costs more than these tiny products, far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
