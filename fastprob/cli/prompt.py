@@ -39,7 +39,7 @@ def fit(args: argparse.Namespace) -> None:
     from fastprob.prompts.training import CHECKPOINT
 
     configs = _configs(args)
-    runs = {run_directory(args.out, config): config for config in configs}
+    runs = {args.out / config.directory: config for config in configs}
     for directory in runs:
         if not args.resume and ((directory / LAST).exists() or (directory / CHECKPOINT).exists()):
             raise ValueError(f"{directory} holds a run already; go on with it by --resume, or choose another --out")
@@ -61,10 +61,6 @@ def _configs(args: argparse.Namespace) -> list[PromptConfig]:
         PromptConfig(method=method, shots=shots, seed=seed, **options)
         for method, shots, seed in itertools.product(args.method, args.shots, args.seeds)
     ]
-
-
-def run_directory(out: Path, config: PromptConfig) -> Path:
-    return out / config.name / f"{config.shots}-shot" / f"seed{config.seed}"
 
 
 def eval_options(parser: argparse.ArgumentParser) -> None:

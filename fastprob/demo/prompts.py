@@ -71,7 +71,7 @@ def _tools(shift: str):
 def _fit(out: Path, setting: tuple[str, PromptConfig]) -> None:
     shift, config = setting
     train, encoder = _tools(shift)
-    directory = out / shift / config.classes / config.name / f"{config.shots}-shot" / f"seed{config.seed}"
+    directory = out / shift / config.classes / config.directory
     resume = (directory / LAST).exists()
     fit(train, encoder, config=config, directory=directory, resume=resume, progress=False)
 

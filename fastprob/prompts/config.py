@@ -20,6 +20,7 @@ from fastprob._training import write_atomically
 from fastprob.data.labelled import CLASSES, TEMPLATE
 from fastprob.encoders import Encoder, load_encoder
 from fastprob.prompts.methods import DAPT, VPT, CoCoOp, CoOp
+from fastprob.prompts.tokens import POSITIONS
 
 METHODS = ("coop", "cocoop", "vpt", "dapt")
 PRECISIONS = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}  # open_clip's names
@@ -61,7 +62,7 @@ class PromptConfig:
             ("method", METHODS),
             ("classes", CLASSES),
             ("precision", tuple(PRECISIONS)),
-            ("class_position", ("end", "middle", "front")),
+            ("class_position", POSITIONS),
         ):
             if getattr(self, name) not in choices:
                 expected = ", ".join(map(repr, choices))
@@ -91,6 +92,11 @@ class PromptConfig:
         if self.method != "dapt" or (self.beta_t, self.beta_v) == default:
             return self.method
         return f"dapt-t{self.beta_t:g}-v{self.beta_v:g}" if self.beta_t or self.beta_v else "coop+vpt"
+
+    @property
+    def directory(self) -> Path:
+        """Where a run goes below that of many."""
+        return Path(self.name, f"{self.shots}-shot", f"seed{self.seed}")
 
     @property
     def tunes_images(self) -> bool:
