@@ -1,20 +1,44 @@
 """fastprob: fused operators and modules for probabilistic vision-language adaptation."""
 
-from fastprob._backends import backend, info, load
+import importlib
+from typing import TYPE_CHECKING
+
 from fastprob._version import __version__
-from fastprob.ops import gaussian_potential, ggd_nll, ggd_variance, probvlm_loss, prototype_dispersion
+from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.ggd_variance import ggd_variance
+from fastprob.ops.probvlm_loss import probvlm_loss
+from fastprob.ops.prototype_dispersion import prototype_dispersion
+
+from fastprob._backends import backend, info, load  # isort: skip  (after the operators, whose kernels it chooses)
+
+if TYPE_CHECKING:
+    from fastprob import adapters, compat, data, distributions, encoders, nn, prompts
 
 load()
 del load
 
-
 __all__ = [
     "__version__",
+    "adapters",
     "backend",
+    "compat",
+    "data",
+    "distributions",
+    "encoders",
     "gaussian_potential",
     "ggd_nll",
     "ggd_variance",
     "info",
+    "nn",
     "probvlm_loss",
+    "prompts",
     "prototype_dispersion",
 ]
+
+
+def __getattr__(name: str):
+    """The subpackages, imported when they are first asked for."""
+    if name in __all__:
+        return importlib.import_module(f"fastprob.{name}")
+    raise AttributeError(f"module 'fastprob' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastprob._op import OPS, _scale_
+from fastprob._op import OPS, scale_
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = {"CPU": "cpu", "CUDA": "cuda"}  # dispatch key -> the backend whose kernels are C++ there
@@ -32,7 +32,7 @@ def load() -> None:
     variants = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
     _reasons["cpu"] = _load_first("_cpu_", variants.get(capability, ("portable",)))
     _reasons["cuda"] = _load_first("_", ("cuda",)) if torch.version.cuda else "torch is built without CUDA"
-    _reasons["triton"] = "installed" if importlib.util.find_spec("triton") else "triton is not installed"
+    _reasons["triton"] = "installed" if _found("triton") else "triton is not installed"
     for name in _raw_names():
         for key in DEVICES:
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprob::{name}", key):
@@ -54,14 +54,14 @@ def _raw_names() -> list[str]:
 
 
 def _references() -> dict[str, Callable]:
-    return {name: function for op in OPS.values() for name, function in op.raw.items()} | {"_scale_": _scale_}
+    return {name: function for op in OPS.values() for name, function in op.raw.items()} | {"_scale_": scale_}
 
 
 def _triton_kernel(name: str) -> Callable | None:
     """The launcher of a torch operator, imported on its first call."""
     op = next((op for op in OPS.values() if name in op.raw), None)
     module = f"fastprob.kernels.{op.name if op else name.strip('_')}"
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(module) is None:
+    if not all(map(_found, ("triton", "fastprob.kernels", module))):
         return None
     defaults = op.options if op else {}
 
@@ -69,6 +69,11 @@ def _triton_kernel(name: str) -> Callable | None:
         return getattr(importlib.import_module(module), name)(*args, **{**defaults, **kwargs})
 
     return launch
+
+
+def _found(module: str) -> bool:
+    """Whether a module is installed; one in a package that is not would raise."""
+    return importlib.util.find_spec(module) is not None
 
 
 def _interpreting() -> bool:
@@ -87,7 +92,7 @@ def _chosen(name: str, key: str, choice: str | None) -> str:
         return triton or native or "reference"
     if choice == DEVICES[key]:
         return native or "reference"
-    return (triton if key == "CUDA" else None) or native or "reference"
+    return native or (triton if key == "CUDA" else None) or "reference"
 
 
 def _use(choice: str | None) -> None:

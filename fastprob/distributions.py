@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Gamma, Laplace, Normal, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
-from fastprob.ops import _ggd, ggd_nll, ggd_variance
+from fastprob.ops import _ggd
+from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.ggd_variance import ggd_variance
 
 __all__ = ["GeneralizedNormal"]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprob._op import OPS
-from fastprob.ops import ggd_nll, probvlm_loss
+from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.probvlm_loss import probvlm_loss
 
 __all__ = ["GGDNLLLoss", "ProbVLMLoss"]
 

@@ -17,21 +17,53 @@ def seeded():
 def maker(dtype=torch.float64, device="cpu"):
     """`make(*shape, low, high)` for an operator's samples: uniform, exactly representable in float16 and up."""
 
-    def make(*shape, low=-2.0, high=2.0):
+    def make(*shape, low=-2.0, high=2.0, extreme=None):
         values = torch.empty(shape, dtype=torch.float64).uniform_(low, high)
         return values.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).to(dtype).to(device)
 
     return make
 
 
+def extreme_maker(dtype=torch.float32, device="cpu"):
+    """`make` for a test of extremes: log-uniform between the numbers of `extreme`, else ties, tiny and huge numbers."""
+
+    def make(*shape, low=None, high=None, extreme=None):
+        if extreme:
+            exponent = torch.empty(shape, dtype=torch.float64).uniform_(*torch.tensor(extreme).log10().tolist())
+            return (10**exponent).to(dtype).to(device)
+        values = torch.tensor([0.0, 0.0, 1e-30, -1e-3, 0.1, 1.0, -50.0, 1e6])
+        return values[torch.randint(len(values), shape)].to(dtype).to(device)
+
+    return make
+
+
 def cast(tensors, dtype):
-    """The tensors in another dtype; indices stay integers."""
-    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    """The tensors in another dtype; integers, masks and absent ones stay as they are."""
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
 def leaves_of(tensors):
-    """Copies that ask for gradients; indices cannot."""
-    return [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+    """Copies that ask for gradients where they can."""
+    return [t if t is None else t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def moving(tensors):
+    """Those that ask for a gradient."""
+    return [t for t in tensors if t is not None and t.requires_grad]
+
+
+def as_tuple(results):
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
+def weights_for(results):
+    """A gradient for every result that has one, other numbers for every element: 1 for a scalar, as losses get."""
+    return [
+        torch.linspace(0.5, 1.5, r.numel(), dtype=torch.float64, device=r.device).bfloat16().to(r.dtype).view(r.shape)
+        if r.dim()
+        else torch.ones_like(r)
+        for r in moving(results)
+    ]
 
 
 def overflows(truth, dtype):
@@ -43,6 +75,9 @@ def assert_within_budget(actual, reference, truth, what="", exempt=False):
     """|actual - truth| <= 2 max|reference - truth| + epsilon, both relative to max(1, |truth|); NaN and inf alike."""
     assert actual.dtype == reference.dtype and actual.shape == truth.shape, what
     if not truth.numel():
+        return
+    if not truth.is_floating_point():
+        assert actual.equal(truth), what
         return
     truth, scale = truth.double(), truth.double().abs().clamp_min(1)
     exempt = overflows(truth, actual.dtype) | exempt

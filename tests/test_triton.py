@@ -239,7 +239,7 @@ class TestValues:
     def make(self):
         generator = torch.Generator().manual_seed(0)
 
-        def make(*shape, low=-2.0, high=2.0):
+        def make(*shape, low=-2.0, high=2.0, extreme=None):
             values = torch.rand(shape, generator=generator, dtype=torch.float64)
             return (low + (high - low) * values).to(self.device)
 

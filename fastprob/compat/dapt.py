@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastprob.ops import gaussian_potential, prototype_dispersion
+from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.prototype_dispersion import prototype_dispersion
 
 __all__ = ["text_dispersion", "visual_dispersion"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastprob._op import one_of
 from fastprob.adapters.adapter import GGDAdapter, Parameters
-from fastprob.ops import ggd_nll
+from fastprob.ops.ggd_nll import ggd_nll
 
 __all__ = [
     "BayesCap_MLP",

@@ -39,6 +39,12 @@ def shifted(inv_alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor
     return torch.where(a >= 0, a, torch.nan), torch.where(b > 0, b, torch.nan)
 
 
+def distribution(make, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """mu, inv_alpha and beta of a problem to test with."""
+    inv_alpha = make(*shape, low=0.2, high=3, extreme=(1e-6, 1e6))
+    return make(*shape), inv_alpha, make(*shape, low=0.5, high=3, extreme=(1e-4, 1e4))
+
+
 def log_normaliser(a: Tensor, b: Tensor) -> Tensor:
     return torch.lgamma(1 + 1 / b) - a.log()
 

@@ -10,6 +10,8 @@ with their mean taken off, ||x_m||^2 + ||x_n||^2 - 2 x_m x_n cancels least.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,11 +30,10 @@ def _check(*, x, t, reduction, **_):
         raise ValueError(f"gaussian_potential: t must be above 0, got {t}")
 
 
-def _samples(make):
-    for shape in ((0, 4), (1, 1), (2, 3), (3, 5), (65, 129)):
-        for reduction in REDUCTIONS:
-            for normalize in (False, True):
-                yield (make(*shape, low=-0.4, high=0.4),), {"t": 1.5, "reduction": reduction, "normalize": normalize}
+def _inputs(make, count, dim):
+    """Rows of unit length, about: closer than that all potentials are 1, farther apart 0."""
+    edge = min(math.sqrt(3 / dim), 0.4)
+    return (make(count, dim, low=-edge, high=edge),)
 
 
 def _potentials(x: Tensor, t: float) -> Tensor:
@@ -56,7 +57,20 @@ def _gradient(grad, x, *, t, reduction, normalize):
     return (g,)
 
 
-@operator(gradient=_gradient, check=_check, samples=_samples, is_scalar=lambda **_: True, elementwise=False)
+@operator(
+    gradient=_gradient,
+    check=_check,
+    inputs=_inputs,
+    sizes=((0, 4), (1, 1), (2, 3), (3, 5), (65, 129)),
+    grid=[
+        {"t": 1.5, "reduction": reduction, "normalize": normalize}
+        for reduction in REDUCTIONS
+        for normalize in (False, True)
+    ],
+    bench_sizes=((1000, 512), (21000, 512)),  # ImageNet's classes, ImageNet-21k's
+    is_scalar=lambda **_: True,
+    elementwise=False,
+)
 def gaussian_potential(x: Tensor, *, t: float = 2.0, reduction: str = "mean", normalize: bool = False) -> Tensor:
     """Mean Gaussian potential of pairs of points, exp(-t ||x_m - x_n||^2): DAPT's inter-class dispersion.
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastprob._op import EDGE_SHAPES, one_of, operator
+from fastprob._op import one_of, operator
 from fastprob.ops import _ggd
+
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def _check(*, reduction, mu, inv_alpha, beta, target, **options):
-    one_of("ggd_nll", "reduction", reduction, ("mean", "sum", "none"))
+    one_of("ggd_nll", "reduction", reduction, REDUCTIONS)
     _ggd.check_ggd("ggd_nll", **options)
 
 
-def _samples(make):
-    for shape in EDGE_SHAPES:
-        tensors = make(*shape), make(*shape, low=0.2, high=3), make(*shape, low=0.5, high=3), make(*shape)
-        for form in _ggd.FORMS:
-            for reduction in ("mean", "sum", "none"):
-                yield tensors, {"form": form, "reduction": reduction}
+def _inputs(make, *shape):
+    return *_ggd.distribution(make, *shape), make(*shape)
 
 
 def _gradient(grad, mu, inv_alpha, beta, target, *, form, eps, clamp_min, clamp_max, reduction):
@@ -31,7 +29,14 @@ def _gradient(grad, mu, inv_alpha, beta, target, *, form, eps, clamp_min, clamp_
     return grad * grad_d, grad * (grad_a + norm_a), grad * (grad_b + norm_b), -grad * grad_d
 
 
-@operator(gradient=_gradient, check=_check, samples=_samples, is_scalar=lambda *, reduction, **_: reduction != "none")
+@operator(
+    gradient=_gradient,
+    check=_check,
+    inputs=_inputs,
+    grid=[{"form": form, "reduction": reduction} for form in _ggd.FORMS for reduction in REDUCTIONS],
+    frozen=("target",),
+    is_scalar=lambda *, reduction, **_: reduction != "none",
+)
 def ggd_nll(
     mu: Tensor,
     inv_alpha: Tensor,

@@ -12,13 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastprob._op import EDGE_SHAPES, operator
+from fastprob._op import operator
 from fastprob.ops import _ggd
 
 
-def _samples(make):
-    for shape in EDGE_SHAPES:
-        yield (make(*shape, low=0.2, high=3), make(*shape, low=0.5, high=3)), {}
+def _inputs(make, *shape):
+    return _ggd.distribution(make, *shape)[1:]
 
 
 def _gradient(grad, inv_alpha, beta):
@@ -33,7 +32,7 @@ def _variance(a: Tensor, b: Tensor) -> Tensor:
     return (torch.lgamma(1 + 3 / b) - torch.lgamma(1 + 1 / b) - math.log(3) - 2 * a.log()).exp()
 
 
-@operator(gradient=_gradient, check=lambda **_: None, samples=_samples)
+@operator(gradient=_gradient, check=lambda **_: None, inputs=_inputs)
 def ggd_variance(inv_alpha: Tensor, beta: Tensor) -> Tensor:
     """Variance of a generalised Gaussian: alpha^2 Gamma(3/beta) / Gamma(1/beta), elementwise.
 

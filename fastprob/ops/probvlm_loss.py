@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastprob._op import EDGE_SHAPES, operator
+from fastprob._op import operator
 from fastprob.ops import _ggd
 
 
@@ -12,13 +12,11 @@ def _check(*, form, eps, clamp_min, clamp_max, **_):
     _ggd.check_ggd("probvlm_loss", form=form, eps=eps, clamp_min=clamp_min, clamp_max=clamp_max)
 
 
-def _samples(make):
-    for shape in EDGE_SHAPES:
-        adapter = [make(*shape), make(*shape, low=0.2, high=3), make(*shape, low=0.5, high=3)]
-        other = [make(*shape), make(*shape, low=0.2, high=3), make(*shape, low=0.5, high=3)]
-        for form in _ggd.FORMS:
-            for weights in ({}, {"cross_weight": 0.1, "l1_weight": 1.0, "nll_weight": 0.05}):
-                yield (*adapter, *other, make(*shape), make(*shape)), {"form": form, **weights}
+WEIGHTS: tuple[dict, ...] = ({}, {"cross_weight": 0.1, "l1_weight": 1.0, "nll_weight": 0.05})
+
+
+def _inputs(make, *shape):
+    return *_ggd.distribution(make, *shape), *_ggd.distribution(make, *shape), make(*shape), make(*shape)
 
 
 def _gradient(
@@ -49,7 +47,14 @@ def _gradient(
     return tuple(grad * g for g in grads + grad_targets)
 
 
-@operator(gradient=_gradient, check=_check, samples=_samples, is_scalar=lambda **_: True)
+@operator(
+    gradient=_gradient,
+    check=_check,
+    inputs=_inputs,
+    grid=[{"form": form, **weights} for form in _ggd.FORMS for weights in WEIGHTS],
+    frozen=("image", "text"),
+    is_scalar=lambda **_: True,
+)
 def probvlm_loss(
     image_mu: Tensor,
     image_inv_alpha: Tensor,

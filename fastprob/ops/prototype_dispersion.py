@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprob._op import operator
+from fastprob._op import Indices, operator
 from fastprob.ops._ggd import wide
 
 
@@ -38,11 +38,10 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor  # a subclass may be a fake
 
 
-def _samples(make):
-    for rows, dim, classes in ((0, 4, 2), (1, 1, 1), (3, 5, 3), (4, 1100, 9), (65, 129, 7)):
-        x, prototypes = make(rows, dim), make(classes, dim)
-        labels = torch.arange(len(x), device=x.device) ** 2 + 1  # some classes get several points, some none
-        yield (x, prototypes, labels % len(prototypes)), {}
+def _inputs(make, count, dim, classes):
+    x = make(count, dim)
+    labels = torch.arange(count, device=x.device) ** 2 + 1  # some classes get several points, some none
+    return x, make(classes, dim), labels % classes
 
 
 def _differences(x: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
@@ -59,12 +58,14 @@ def _gradient(grad, x, prototypes, labels):
 @operator(
     gradient=_gradient,
     check=_check,
-    samples=_samples,
+    inputs=_inputs,
+    sizes=((0, 4, 2), (1, 1, 1), (3, 5, 3), (4, 1100, 9), (65, 129, 7)),
+    bench_sizes=((1024, 512, 100),),
+    frozen=("prototypes",),
     is_scalar=lambda **_: True,
     elementwise=False,
-    indices=("labels",),
 )
-def prototype_dispersion(x: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+def prototype_dispersion(x: Tensor, prototypes: Tensor, labels: Indices) -> Tensor:
     """Mean squared difference of points and their classes' prototypes: DAPT's intra-class dispersion.
 
     As F.mse_loss(x, prototypes[labels]), value and gradient of x in one pass and without the [B, D] copy.

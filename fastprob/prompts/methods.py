@@ -17,7 +17,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastprob.ops import gaussian_potential, prototype_dispersion
+from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.prototype_dispersion import prototype_dispersion
 from fastprob.prompts.encoder import PromptTextEncoder
 
 
