@@ -164,7 +164,8 @@ def test_compile_fullgraph(op, dynamic):
         results = floating_results(op, [t * 1 if t.is_floating_point() else t for t in tensors], options)
         return sum(2 * r.sum() + i * r.square().sum() for i, r in enumerate(results, 1))
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    # Inductor takes seconds; sizes that change are Dynamo's business.
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager" if dynamic else "inductor")
     for rows in (3, 7) if dynamic else (3,):
         inputs = leaves_of([t[:1].expand(rows, *t.shape[1:]) for t in tensors])
         expected = torch.autograd.grad(step(*inputs), moving(inputs))
@@ -200,10 +201,12 @@ def test_compiles_before_anything_else_ran(name):
 @each_op
 def test_without_gradients(op):
     """Nothing to differentiate: eager, compiled, under no_grad, and on meta tensors."""
+    torch._dynamo.reset()
     tensors, options = next(small_samples(op))
     expected = as_tuple(op.function(*tensors, **options))
     assert not any(e.requires_grad for e in expected)
-    compiled = torch.compile(lambda *t: [2 * r for r in as_tuple(op.function(*t, **options))], fullgraph=True)
+    step = lambda *t: [2 * r for r in as_tuple(op.function(*t, **options))]  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), [2 * e for e in expected])
     with torch.no_grad():
         torch.testing.assert_close(as_tuple(op.function(*leaves_of(tensors), **options)), expected)
@@ -545,9 +548,9 @@ def test_wrong_calls_raise_type_errors():
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_cpu_builds(capability):
     """The kernels for lesser processors, in a process that believes to run on one."""
-    selected = ["test_within_the_error_budget", "test_extreme_parameters_and_ties", "test_nan_inf"]
+    selected = "(error_budget or extreme_parameters or nan_inf) and not own_"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", " or ".join(selected)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
