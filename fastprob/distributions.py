@@ -9,11 +9,12 @@ and |z|^b follows Gamma(1/b, 1), which gives its distribution function through t
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Gamma, Laplace, Normal, constraints, register_kl
+from torch.distributions import Distribution, Gamma, Laplace, Normal, constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
 
 from fastprob.ops import _ggd
@@ -32,8 +33,9 @@ class GeneralizedNormal(Distribution):
         power: > 0, the shape; towards infinity the distribution becomes uniform on loc +- scale.
         validate_args: as for every torch distribution.
 
-    loc, scale and power are numbers or tensors that broadcast to the batch shape. Parameters are named as in
-    TensorFlow Probability.
+    loc, scale and power are numbers or tensors that broadcast to the batch shape; they are kept in their common dtype,
+    integers in torch's default one. A value of `log_prob`, `cdf` or `icdf` may be a number where arguments are not
+    validated. Parameters are named as in TensorFlow Probability.
 
     Raises:
         ValueError: a parameter or value outside of its domain, if arguments are validated.
@@ -57,7 +59,7 @@ class GeneralizedNormal(Distribution):
         power: Tensor | float,
         validate_args: bool | None = None,
     ):
-        self.loc, self.scale, self.power = broadcast_all(loc, scale, power)
+        self.loc, self.scale, self.power = _parameters(loc, scale, power)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(self, batch_shape, _instance=None) -> GeneralizedNormal:
@@ -78,13 +80,15 @@ class GeneralizedNormal(Distribution):
     @property
     def variance(self) -> Tensor:
         """scale^2 Gamma(3/power) / Gamma(1/power), by `fastprob.ggd_variance`."""
-        return ggd_variance(1 / self.scale, self.power)
+        scale, power = _ggd.wide(self.scale, self.power)
+        return ggd_variance(1 / scale, power).to(self.loc.dtype)
 
     def entropy(self) -> Tensor:
         """1/power + log(2 scale Gamma(1 + 1/power)), in nats."""
-        return 1 / self.power + _log_normaliser(self.scale, self.power)
+        scale, power = _ggd.wide(self.scale, self.power)
+        return (1 / power + _log_normaliser(scale, power)).to(self.loc.dtype)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Tensor | float) -> Tensor:
         """-|z|^power - log(2 scale Gamma(1 + 1/power)), by `fastprob.ggd_nll`.
 
         |z|^power is bounded to half of the largest number of the dtype: far outside, log_prob is finite and its
@@ -97,7 +101,7 @@ class GeneralizedNormal(Distribution):
         nll = ggd_nll(loc, 1 / scale, power, value, form="paper", reduction="none", **bounds)
         return (-math.log(2) - nll).to(dtype)
 
-    def cdf(self, value: Tensor) -> Tensor:
+    def cdf(self, value: Tensor | float) -> Tensor:
         """P(X <= value), to full relative precision below loc.
 
         Its gradients for value, loc and scale are exact. torch has none of the incomplete gamma function for its
@@ -108,7 +112,7 @@ class GeneralizedNormal(Distribution):
         dtype, value, loc, scale, power = self._widened(value)
         return _CDF.apply(*torch.broadcast_tensors((value - loc) / scale, _without_gradient(power))).to(dtype)
 
-    def icdf(self, value: Tensor) -> Tensor:
+    def icdf(self, value: Tensor | float) -> Tensor:
         """The quantile of a probability in [0, 1], computed in float64; NaN outside of [0, 1]. Gradients: see `cdf`."""
         dtype, value, loc, scale, power = self._widened(value)
         wide = torch.broadcast_tensors(value.double(), _without_gradient(power).double())
@@ -125,13 +129,23 @@ class GeneralizedNormal(Distribution):
         loc, scale, power = _ggd.wide(self.loc, self.scale, self.power)
         shape = self._extended_shape(sample_shape)
         gamma = Gamma(1 + 1 / power, torch.ones_like(power), validate_args=False).rsample(sample_shape)
-        uniform = 2 * torch.rand(shape, dtype=loc.dtype, device=loc.device) - 1
+        never_0 = torch.finfo(loc.dtype).eps / 2 - 1  # 0 times a power of G that overflows would be NaN
+        uniform = 2 * torch.rand(shape, dtype=loc.dtype, device=loc.device) + never_0
         return (loc + scale * uniform * gamma.pow(1 / power)).to(dtype)
 
-    def _widened(self, value: Tensor) -> tuple[torch.dtype, Tensor, Tensor, Tensor, Tensor]:
+    def _widened(self, value: Tensor | float) -> tuple[torch.dtype, Tensor, Tensor, Tensor, Tensor]:
         """The dtype of a result for `value`; value, loc, scale and power in it, half types widened to float32."""
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value, dtype=self.loc.dtype, device=self.loc.device)
         dtype = torch.promote_types(self.loc.dtype, value.dtype)
         return dtype, *_ggd.wide(*(t.to(dtype) for t in (value, self.loc, self.scale, self.power)))
+
+
+def _parameters(*values: Tensor | float) -> tuple[Tensor, ...]:
+    """The values broadcast to one shape, in their common floating dtype."""
+    dtype = functools.reduce(torch.promote_types, [v.dtype for v in values if isinstance(v, Tensor)], torch.bool)
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    return broadcast_all(*(v.to(dtype) if isinstance(v, Tensor) else v for v in values))
 
 
 def _log_normaliser(scale: Tensor, power: Tensor) -> Tensor:
@@ -229,7 +243,8 @@ def _quantile(probability: Tensor, power: Tensor) -> Tensor:
     for _ in range(_NEWTON_STEPS):
         y = y - _newton_step(y, 1 / power, in_tail, target)
     z = (y / power).exp()
-    z = torch.where(inner == 0, 0, torch.where(outer == 0, torch.inf, z))
+    overflows = inner.log() + torch.lgamma(1 + 1 / power) > math.log(torch.finfo(z.dtype).max)  # z >= P Gamma(1 + 1/b)
+    z = torch.where(inner == 0, 0, torch.where((outer == 0) | overflows, torch.inf, z))
     return torch.where(probability < 0.5, -z, z)
 
 
@@ -253,6 +268,25 @@ def _log_minus_log1m_exp(x: Tensor) -> Tensor:
     return torch.where(x < -30, x, (-(-x.expm1()).log()).log())
 
 
+class _UnknownGradient(torch.autograd.Function):
+    """The identity, whose gradient is NaN where `is_unknown`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, is_unknown):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        (is_unknown,) = ctx.saved_tensors
+        return torch.where(is_unknown, torch.nan, grad), None
+
+
 def _as_generalized(d: Distribution) -> GeneralizedNormal:
     if isinstance(d, Normal):
         return GeneralizedNormal(d.loc, math.sqrt(2) * d.scale, 2.0, validate_args=False)
@@ -270,20 +304,48 @@ def _kl(p: Distribution, q: Distribution) -> Tensor:
     """KL(p || q) = E_p |(X - loc_q) / scale_q|^s + log normaliser of q - entropy of p, with s the power of q.
 
     E_p |X - loc_p|^s = scale_p^s Gamma((s + 1)/b) / Gamma(1/b) with b the power of p. It gives KL where the locs are
-    equal, and where s = 2 with the square of their difference added. First derivatives are exact.
+    equal, and where s = 2 with the square of their difference added. First derivatives are exact, and so are second
+    ones but for s and a loc together.
 
     Raises:
         NotImplementedError: for any other element, which has no closed form; and for s = 2 and different locs if
-            s asks for a gradient.
+            s asks for a gradient. Inside torch.compile and the transforms of torch.func, which cannot look at
+            values, that element or gradient is NaN.
     """
     p, q = _as_generalized(p), _as_generalized(q)
-    shift = (p.loc - q.loc) / q.scale
+    dtype = torch.promote_types(p.loc.dtype, q.loc.dtype)
+    parameters = (t.to(dtype) for t in (p.loc, p.scale, p.power, q.loc, q.scale, q.power))
+    loc, scale, b, other_loc, other_scale, s = _ggd.wide(*parameters)
+    shift = (loc - other_loc) / other_scale
     is_shifted = shift != 0
-    if (is_shifted & (q.power != 2)).any() or (q.power.requires_grad and is_shifted.any()):
+    is_unknown = is_shifted & (s != 2)
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()) and (
+        is_unknown.any() or (s.requires_grad and is_shifted.any())
+    ):
         raise NotImplementedError(
             "GeneralizedNormal: KL(p || q) has a closed form for equal loc, or for a q of constant power 2"
         )
-    b, s = p.power, q.power
+    s = _UnknownGradient.apply(*torch.broadcast_tensors(s, is_shifted))
+    log_ratio = scale.log() - other_scale.log()
     log_moment = torch.lgamma(1 + (s + 1) / b) - torch.log(s + 1) - torch.lgamma(1 + 1 / b)
-    moment = torch.exp(s * (p.scale / q.scale).log() + log_moment)
-    return moment + torch.where(is_shifted, shift.square(), 0) + _log_normaliser(q.scale, s) - p.entropy()
+    moment = torch.exp(s * log_ratio + log_moment) + _curvature(log_ratio, b, s) * shift.square()
+    kl = moment + _log_normaliser(other_scale, s) - _log_normaliser(scale, b) - 1 / b
+    return torch.where(is_unknown, torch.nan, kl).to(dtype)
+
+
+def _curvature(log_ratio: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    """Half the second derivative of E_p |(X - loc_q) / scale_q|^s for (loc_p - loc_q) / scale_q at 0; 1 for s = 2.
+
+    s/2 (scale_p / scale_q)^(s - 2) Gamma(1 + (s - 1)/b) / Gamma(1 + 1/b). For s + b <= 1 it is infinite; there, as
+    where it overflows, a large number stands for it, whose product with a shift of 0 and its gradient is 0.
+    """
+    exists = s + b > 1
+    log_moment = torch.lgamma(torch.where(exists, 1 + (s - 1) / b, 1)) - torch.lgamma(1 + 1 / b)
+    large = math.log(torch.finfo(s.dtype).max) / 2
+    return s / 2 * torch.where(exists, (s - 2) * log_ratio + log_moment, large).clamp(max=large).exp()
+
+
+_ONE_OF_EACH = (GeneralizedNormal(0.0, 1.0, 2.0), Normal(0.0, 1.0), Laplace(0.0, 1.0))
+for _p in _ONE_OF_EACH:
+    for _q in _ONE_OF_EACH:
+        kl_divergence(_p, _q)  # torch.compile traces torch's table of KL functions, but not the first look into it

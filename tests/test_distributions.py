@@ -1,7 +1,11 @@
 """GeneralizedNormal against scipy.stats.gennorm, torch's Normal and Laplace, and numerical integrals."""
 
 import contextlib
+import copy
 import math
+import pickle
+import subprocess
+import sys
 
 import mpmath
 import numpy as np
@@ -12,7 +16,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributions import Laplace, Normal, kl_divergence
+from torch.distributions import Independent, Laplace, Normal, kl_divergence
 
 import fastprob
 from fastprob.distributions import GeneralizedNormal
@@ -100,6 +104,23 @@ def test_quantiles_at_the_edges():
         assert d.icdf(torch.tensor(probability)).isnan().all()
     assert (d.cdf(torch.tensor([[-math.inf], [1.0], [math.inf]])) == torch.tensor([[0.0], [0.5], [1.0]])).all()
     assert d.icdf(torch.tensor(0.3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("power", [1e-310, 1e-10, 1e-3, 3e-3, 5e-3])
+def test_quantiles_that_overflow_are_infinite(power):
+    """P <= z / Gamma(1 + 1/b), so that z overflows for every P that float64 has."""
+    probability = torch.tensor([0.0, 1e-300, 0.2, 0.5 - 2**-54, 0.5, 0.7, 1.0], dtype=torch.float64)
+    quantiles = GeneralizedNormal(*double(3.0, 1.0, power)).icdf(probability)
+    assert quantiles.tolist() == [-math.inf] * 4 + [3.0] + [math.inf] * 2
+
+
+@pytest.mark.parametrize("power", [0.0054, 0.0058, 0.0062, 0.0066, 0.007, 0.008])
+def test_quantiles_where_they_begin_to_overflow(power):
+    probability = 0.5 + np.r_[2.0**-52, 1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 0.1, 0.5, 0.95] / 2
+    with np.errstate(over="ignore"):
+        expected = scipy.special.gammaincinv(1 / power, 2 * probability - 1) ** (1 / power)
+    quantiles = GeneralizedNormal(*double(0.0, 1.0, power)).icdf(torch.tensor(probability))
+    assert_close(quantiles, expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
@@ -206,6 +227,12 @@ def test_sample_shapes_seeds_and_half_types():
     torch.testing.assert_close(probability.float(), single.cdf(x.float()), rtol=2**-7, atol=0)
 
 
+def test_a_sample_is_not_nan_where_only_a_factor_overflows(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.full(shape, 0.5, **kwargs))
+    samples = GeneralizedNormal(0.0, 1.0, 0.02).sample((50,))  # U would be 0, and G^50 is infinite
+    assert not samples.isnan().any() and samples.isinf().any()
+
+
 @each_power
 def test_gradient_of_a_sample_is_the_implicit_one(power, monkeypatch):
     """With U = 1 a sample is w = G^(1/b), distributed as F = P(1 + 1/b, w^b); dw/db = -(dF/db) / (dF/dw)."""
@@ -298,6 +325,35 @@ def test_kl_gradients():
     assert torch.autograd.gradcheck(to_normal, parameters)
 
 
+@pytest.mark.parametrize(("power", "other"), [(1.5, 2.0), (0.4, 2.0), (1.5, 3.0), (2.0, 1.3), (0.7, 0.6), (1.0, 1.0)])
+def test_second_derivative_of_kl_for_loc_at_equal_locs(power, other):
+    """d^2/dm^2 E |X + m|^s = s b E |X|^(s + b - 2) at 0, by integration by parts."""
+    scale, other_scale = 0.8, 1.1
+    density = lambda z: math.exp(-(z**power)) / math.gamma(1 + 1 / power)  # noqa: E731 (of |z|)
+    moment = scipy.integrate.quad(lambda u: (u ** (other + power - 2)) * density(u), 0, 1)[0]
+    moment += scipy.integrate.quad(lambda u: (u ** (other + power - 2)) * density(u), 1, math.inf)[0]
+    expected = other * power * moment * scale ** (other - 2) / other_scale**other
+
+    def kl(loc):
+        q = GeneralizedNormal(*double(0.3, other_scale, other), validate_args=False)
+        return kl_divergence(GeneralizedNormal(loc, *double(scale, power), validate_args=False), q)
+
+    (loc,) = double(0.3)
+    assert_close(torch.func.grad(kl)(loc), 0.0)
+    assert float(torch.func.hessian(kl)(loc)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_gradients_where_its_second_derivative_is_infinite():
+    parameters = double(0.3, 0.8, 0.4, 1.1, 0.5, grad=True)
+    same_loc = lambda loc, s, b, t, c: kl_divergence(GeneralizedNormal(loc, s, b), GeneralizedNormal(loc, t, c))  # noqa: E731
+    assert torch.autograd.gradcheck(same_loc, parameters)
+    p, q = GeneralizedNormal(*double(0.3, 1e-300, 1.5)), GeneralizedNormal(*double(0.3, 1.0, 0.5))  # it overflows
+    with mpmath.workdps(40):
+        moment = mpmath.mpf(1e-300) ** 0.5 * mpmath.gamma(1) / mpmath.gamma(1 / mpmath.mpf(1.5))
+        expected = moment + mpmath.log(4) - p.entropy().item()
+    assert_close(kl_divergence(p, q), float(expected))
+
+
 def test_kl_without_a_closed_form_is_refused():
     p = GeneralizedNormal(torch.zeros(2), 1.0, 1.5)
     both = GeneralizedNormal(torch.tensor([0.0, 1.0]), 1.0, torch.tensor([3.0, 2.0]))
@@ -311,6 +367,70 @@ def test_kl_without_a_closed_form_is_refused():
             kl_divergence(p, q)
 
 
+def kl_of(loc, power):
+    """KL of GeneralizedNormal(0, 0.8, 1.5) to GeneralizedNormal(loc, 1.1, power)."""
+    p, q = ((torch.zeros_like(loc), 0.8, 1.5), (loc, 1.1, power))
+    return kl_divergence(GeneralizedNormal(*p, validate_args=False), GeneralizedNormal(*q, validate_args=False))
+
+
+def compiled_kl(loc, power):
+    torch._dynamo.reset()
+    return torch.compile(kl_of, fullgraph=True, backend="aot_eager")(loc, power)
+
+
+@pytest.mark.parametrize("form", [torch.vmap(kl_of), compiled_kl], ids=["vmap", "compile"])
+def test_kl_that_cannot_look_at_values(form):
+    """Elements: equal locs; power 2 apart; neither, which is refused elsewhere and NaN here."""
+    loc, power = double([0.0, 0.0, 0.6, 0.6], [3.0, 2.0, 2.0, 3.0], grad=True)
+    value = form(loc, power)
+    expected = kl_of(loc[:2], power[:2])
+    assert_close(value[:2], expected)
+    apart = kl_of(loc[2], power[2].detach())
+    assert_close(value[2], apart)
+    assert value[3].isnan()
+    slopes = torch.autograd.grad(value[:3].sum(), (loc, power))
+    expected = torch.autograd.grad(expected.sum() + apart, (loc, power))
+    assert_close(slopes[0][:3], expected[0][:3])
+    assert_close(slopes[1][:2], expected[1][:2])
+    assert slopes[1][2].isnan()  # E (X + m)^2 log |X + m| has no closed form
+
+
+COLD = """
+import math, torch
+import fastprob
+from fastprob.distributions import GeneralizedNormal
+from torch.distributions import Laplace, Normal, kl_divergence
+
+def log_prob(loc, scale, power, x): return GeneralizedNormal(loc, scale, power).log_prob(x)
+def moments(loc, scale, power, x):
+    d = GeneralizedNormal(loc, scale, power)
+    return d.variance + d.entropy()
+def quantile(loc, scale, power, x): return GeneralizedNormal(loc, scale, power.detach()).icdf(x.sigmoid())
+def rsample(loc, scale, power, x): return GeneralizedNormal(loc, scale, power).rsample((2,))
+def kl(loc, scale, power, x):
+    return kl_divergence(GeneralizedNormal(loc, scale, power), GeneralizedNormal(loc, 1.1, 3.0))
+def kl_normal(loc, scale, power, x): return kl_divergence(GeneralizedNormal(loc, scale, power), Normal(x, 1.1))
+def kl_laplace(loc, scale, power, x): return kl_divergence(Laplace(loc, scale), GeneralizedNormal(loc, 1.1, power))
+
+def run(f):
+    torch.manual_seed(3)
+    leaves = [torch.linspace(*ends, 5).requires_grad_() for ends in ((-1, 1), (0.5, 2), (0.7, 3), (-2, 2))]
+    value = f(*leaves)
+    return value, *torch.autograd.grad(value.sum(), leaves, allow_unused=True, materialize_grads=True)
+
+for f in (log_prob, moments, quantile, rsample, kl, kl_normal, kl_laplace):
+    compiled = run(torch.compile(f, fullgraph=True, backend="aot_eager"))  # first, before any eager call
+    torch.testing.assert_close(compiled, run(f), msg=lambda text: f.__name__ + ": " + text)
+    assert compiled[2].abs().sum() > 0, f.__name__
+"""
+
+
+def test_first_call_is_compiled():
+    """In a fresh process: an eager call before it hides what a trace cannot enter."""
+    done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_it_is_a_torch_distribution():
     d = GeneralizedNormal(torch.zeros(3, 1), torch.ones(4), 1.5)
     wide = d.expand((2, 3, 4))
@@ -319,8 +439,88 @@ def test_it_is_a_torch_distribution():
     assert GeneralizedNormal(0, 1, 2).loc.dtype == torch.float32
     mixed = d.log_prob(torch.ones(4, dtype=torch.float64))
     assert mixed.dtype == torch.float64
-    joint = torch.distributions.Independent(d, 2)
+    joint, other = Independent(d, 2), Independent(GeneralizedNormal(d.loc, 2.0, 3.0), 2)
     assert_close(joint.log_prob(torch.ones(3, 4)), d.log_prob(torch.ones(3, 4)).sum(), rtol=1e-6)
+    assert_close(kl_divergence(joint, other), kl_divergence(d, other.base_dist).sum(), rtol=1e-6)
+    for copied in (pickle.loads(pickle.dumps(wide)), copy.deepcopy(wide)):
+        assert torch.equal(copied.log_prob(torch.ones(4)), wide.log_prob(torch.ones(4)))
+    assert repr(GeneralizedNormal(0.0, 1.0, 2.0)) == "GeneralizedNormal(loc: 0.0, scale: 1.0, power: 2.0)"
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (1, 1), (3, 5)], ids=str)
+def test_shapes(shape):
+    d = GeneralizedNormal(torch.zeros(shape), torch.ones(shape), 1.5)
+    x = d.sample((2,))
+    assert x.shape == (2, *shape) and d.batch_shape == shape
+    for method in ("log_prob", "cdf"):
+        assert getattr(d, method)(x).shape == (2, *shape)
+    assert d.icdf(d.cdf(x)).shape == (2, *shape)
+    values = (d.mean, d.mode, d.variance, d.stddev, d.entropy(), d.perplexity(), kl_divergence(d, d))
+    assert all(value.shape == shape and value.isfinite().all() for value in values)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_expanding_keeps_whether_arguments_are_validated(validate):
+    wide = GeneralizedNormal(0.0, 1.0, 2.0, validate_args=validate).expand((3,)).expand((2, 3))
+    with pytest.raises(ValueError, match="within the support") if validate else contextlib.nullcontext():
+        assert wide.log_prob(torch.tensor(math.nan)).isnan().all()
+
+
+def test_parameters_of_several_dtypes_are_of_their_common_one():
+    narrow, wide = torch.full((2,), 3.0, dtype=torch.bfloat16), torch.full((2,), 3.0, dtype=torch.float64)
+    expected = GeneralizedNormal(wide, wide, 0.7)
+    for parameters in ((narrow, wide, 0.7), (wide, narrow, 0.7), (3, narrow, wide - 2.3)):
+        d = GeneralizedNormal(*parameters)
+        x = torch.tensor([1.0, 5.0])
+        for ours, truth in (
+            *((getattr(d, name), getattr(expected, name)) for name in ("mean", "mode", "variance", "stddev")),
+            (d.log_prob(x), expected.log_prob(x)), (d.cdf(x), expected.cdf(x)), (d.icdf(x / 9), expected.icdf(x / 9)),
+            (d.entropy(), expected.entropy()), (kl_divergence(d, expected), torch.zeros(2, dtype=torch.float64)),
+        ):  # fmt: skip
+            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+        assert d.sample().dtype == torch.float64
+
+
+def test_whole_numbers():
+    d = GeneralizedNormal(torch.tensor([0, 1]), torch.tensor(2), 1.5)  # torch.Normal makes 1.5 a 1 here
+    expected = GeneralizedNormal(torch.tensor([0.0, 1.0]), 2.0, 1.5)
+    assert d.sample().dtype == d.power.dtype == torch.float32 and (d.power == 1.5).all()
+    assert torch.equal(d.variance, expected.variance)
+    assert torch.equal(d.log_prob(torch.tensor([3, 4])), expected.log_prob(torch.tensor([3.0, 4.0])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_that_are_numbers(dtype):
+    parameters = [torch.tensor([v, v + 1], dtype=dtype) for v in (0.0, 1.0, 2.0)]
+    d = GeneralizedNormal(*parameters, validate_args=False)
+    for method in ("log_prob", "cdf", "icdf"):
+        for value in (0.3, 1, np.float64(0.3), np.float32(0.3)):
+            expected = getattr(d, method)(torch.tensor(float(value), dtype=dtype))
+            torch.testing.assert_close(getattr(d, method)(value), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="must be a Tensor"):
+        GeneralizedNormal(*parameters, validate_args=True).log_prob(0.3)
+
+
+def test_half_types_are_rounded_once():
+    parameters = [torch.tensor([v], dtype=torch.bfloat16) for v in (0.1, 3.0, 1.3)]
+    half, single = (GeneralizedNormal(*(t.to(dtype) for t in parameters)) for dtype in (torch.bfloat16, torch.float32))
+    for name in ("variance", "mean"):
+        assert torch.equal(getattr(half, name), getattr(single, name).bfloat16())
+    assert torch.equal(half.entropy(), single.entropy().bfloat16())
+    normal = [Normal(d.loc, d.scale * 0.7) for d in (half, single)]
+    torch.testing.assert_close(
+        kl_divergence(half, normal[0]).float(), kl_divergence(single, normal[1]), rtol=0.01, atol=0
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("method", ["log_prob", "cdf", "icdf"])
+def test_vmap_along_any_axis(method, axis):
+    loc, x = torch.randn(3, 4, 5, dtype=torch.float64), torch.rand(3, 4, 5, dtype=torch.float64)
+    f = lambda loc, x: getattr(GeneralizedNormal(loc, 0.8, 1.5, validate_args=False), method)(x)  # noqa: E731
+    expected = f(loc, x)
+    assert_close(torch.vmap(f, in_dims=axis, out_dims=axis)(loc, x), expected)
+    assert_close(torch.vmap(f, in_dims=(axis, 0), out_dims=axis)(loc, x.movedim(axis, 0)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
