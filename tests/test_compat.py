@@ -89,8 +89,58 @@ def test_unsupported_options_are_refused():
         TempCombLoss(reduction="none")
     with pytest.raises(ValueError, match="inp_dim and out_dim must be equal, got 8 and 4"):
         BayesCap_MLP(8, 4, num_layers=3)
-    with pytest.raises(ValueError, match="num_layers must be 3, got 1"):
+    with pytest.raises(ValueError, match="num_layers must be at least 3, got 1"):
         BayesCap_MLP(8, 8)
+    with pytest.raises(ValueError, match="release must be one of 'current', 'first', got '2024'"):
+        get_GGuncer(torch.ones(2), torch.ones(2), release="2024")
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
+@pytest.mark.parametrize("scalar", [None, *range(4)])
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_losses_promote_as_released(dtype, other, scalar):
+    """Each tensor in turn is of another dtype; 0-dimensional ones give way, as in PyTorch's arithmetic."""
+    for i in range(4):
+        tensors = [(t.detach() * 2 + 1).to(other if i == k else dtype) for k, t in enumerate(inputs(3, 5))]
+        if scalar is not None:
+            tensors[scalar] = tensors[scalar][0, 1]
+        expected, actual = released_nll(*tensors), GenGaussLoss()(*tensors)
+        assert actual.dtype == expected.dtype
+        eps = (
+            0.02 if {torch.bfloat16, torch.float16} & {dtype, other} else 1e-6
+        )  # of what the released code computes in
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=eps, atol=eps)
+
+
+def test_mixed_dtypes_give_gradients_of_the_tensors_own():
+    tensors = [t.detach().to(d).requires_grad_() for t, d in zip(inputs(3, 5), (torch.float32, torch.float64) * 2)]
+    gradients = torch.autograd.grad(GenGaussLoss()(*tensors), tensors)
+    expected = torch.autograd.grad(released_nll(*tensors), tensors)
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_released_defaults():
+    """By results without options, against the values in the released files."""
+    tensors = [t.detach() for t in inputs(3, 5)]
+    tensors[0][0, 0] += 1e6  # beyond the largest residual, and ties below the smallest
+    options = {"reduction": "mean", "alpha_eps": 1e-4, "beta_eps": 1e-4, "resi_min": 1e-4, "resi_max": 1e3}
+    assert_close = torch.testing.assert_close
+    assert_close(GenGaussLoss()(*tensors), released_nll(*tensors, **options), rtol=1e-12, atol=0)
+    for name, other in {"reduction": "sum", **{k: 2 * v for k, v in options.items() if k != "reduction"}}.items():
+        changed = GenGaussLoss(**{name: other})(*tensors)
+        assert (changed - GenGaussLoss()(*tensors)).abs() > 1e-9  # the data tells each default from another
+    l1 = (tensors[0] - tensors[3]).abs().mean()
+    combined = TempCombLoss()(*tensors, T1=1.0, T2=5e-2)
+    assert_close(combined, l1 + 5e-2 * GenGaussLoss()(*tensors), rtol=1e-12, atol=0)
+    net, image, text = BayesCap_for_CLIP(4, 4), torch.randn(3, 4), torch.randn(3, 4)
+    runs = []
+    for arguments in ({}, {"n_fw": 15}, {"n_fw": 14}):
+        torch.manual_seed(1)
+        runs.append(multi_fwpass_ProbVLM(net, image, text, **arguments)[0][0])
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
 def shapes_of(prefix, dim, hidden):
@@ -144,25 +194,50 @@ def test_default_widths_and_dropout_are_the_released_ones():
             assert bias.abs().max() <= net.get_parameter(name.replace("bias", "weight")).shape[1] ** -0.5
 
 
+def released_weights(dim, hidden):
+    """The released adapter's weights by name, in the order in which its constructor draws them."""
+    layers = {"mod.0": (dim, hidden), "mod.2": (hidden, hidden), "mod.5": (hidden, dim)}  # as 3, 4 and 5 layers build
+    layers |= {f"block_{head}.{i}": (dim, dim) for head in ("mu", "alpha", "beta") for i in (0, 2)}
+    state = {}
+    for prefix in ("img_BayesCap", "txt_BayesCap"):
+        for name, widths in layers.items():
+            linear = nn.Linear(*widths)
+            state |= {f"{prefix}.{name}.weight": linear.weight, f"{prefix}.{name}.bias": linear.bias}
+    return state
+
+
+@pytest.mark.parametrize("num_layers", [3, 4, 5])
+def test_initial_weights_are_the_released_ones(num_layers):
+    torch.manual_seed(11)
+    expected = released_weights(12, 7)
+    torch.manual_seed(11)
+    state = BayesCap_for_CLIP(12, 12, hid_dim=7, num_layers=num_layers, p_drop=0.3).state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 @pytest.mark.parametrize(
     ("inv_alpha", "beta", "a", "b"),
     [(0.0, 0.0, 5.0, 0.1), (2.0, 1.5, 1 / 2.00001, 1.6), (1e6, 80.0, 1e-4, 5.0), (0.21, 4.95, 1 / 0.21001, 5.0)],
 )
 def test_released_aleatoric_uncertainty(inv_alpha, beta, a, b):
     inv_alpha, beta = torch.tensor([inv_alpha, beta], dtype=torch.float64)
-    expected = a**2 * math.gamma(3 / b) / math.gamma(2.8 / b)
-    assert get_GGuncer(inv_alpha, beta).item() == pytest.approx(expected, rel=1e-9)
+    for options, c in (({}, 1), ({"release": "current"}, 1), ({"release": "first"}, 2.8)):
+        expected = a**2 * math.gamma(3 / b) / math.gamma(c / b)
+        assert get_GGuncer(inv_alpha, beta, **options).item() == pytest.approx(expected, rel=1e-9)
     assert get_GGuncer(inv_alpha, beta, c1=1, c2=2) == get_GGuncer(inv_alpha, beta)
     assert get_GGuncer(inv_alpha.float(), beta.float()).isfinite()
 
 
-def test_monte_carlo_passes_are_the_released_ones():
+@pytest.mark.parametrize("options", [{}, {"release": "first"}], ids=["current", "first"])
+def test_monte_carlo_passes_are_the_released_ones(options):
     state = released_checkpoint(6, 9)
     net = BayesCap_for_CLIP(6, 6, hid_dim=9)
     net.load_state_dict(state)
     image, text = torch.randn(2, 4, 6)
     torch.manual_seed(7)
-    actual = multi_fwpass_ProbVLM(net, image, text, n_fw=11)
+    actual = multi_fwpass_ProbVLM(net, image, text, n_fw=11, **options)
 
     torch.manual_seed(7)
     passes = {"img_BayesCap": [], "txt_BayesCap": []}
@@ -172,7 +247,7 @@ def test_monte_carlo_passes_are_the_released_ones():
             passes[prefix].append(released_forward(state, prefix, x, mask))
     for got, rows in zip(actual, passes.values()):
         mu, inv_alpha, beta = (torch.stack(part) for part in zip(*rows))
-        every_u = torch.cat([get_GGuncer(a, b) for a, b in zip(inv_alpha, beta)])  # [n_fw * B, D]
+        every_u = torch.cat([get_GGuncer(a, b, **options) for a, b in zip(inv_alpha, beta)])  # [n_fw * B, D]
         spread = (every_u.var(0) * mu.var(0)).sqrt()
         torch.testing.assert_close(got, (mu.mean(0), inv_alpha.mean(0), beta.mean(0), spread))
         assert (spread > 0).any()

@@ -67,8 +67,8 @@ class GGDAdapter(nn.Module):
             nn.Linear(hidden, dim),
         )
         self.block_mu = _head(dim)
-        self.block_alpha = _positive_head(dim, positive)
-        self.block_beta = _positive_head(dim, positive)
+        self.block_alpha = self._positive_head()
+        self.block_beta = self._positive_head()
 
     def forward(self, x: Tensor) -> Parameters:
         """[..., D] -> (mu, 1/alpha, beta), each [..., D]."""
@@ -79,6 +79,9 @@ class GGDAdapter(nn.Module):
     def heads(self, features: Tensor) -> Parameters:
         """The three heads on the residual sum f, [..., D] -> three of [..., D]."""
         return self.block_mu(features), self.block_alpha(features), self.block_beta(features)
+
+    def _positive_head(self) -> nn.Sequential:
+        return _positive_head(self.dim, self.positive)
 
 
 class ProbVLM(nn.Module):

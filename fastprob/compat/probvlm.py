@@ -9,7 +9,8 @@ nothing changes the module that it is given. New work is better served by `fastp
 `fastprob.adapters.ProbVLM` and `fastprob.adapters.predict`, which follow the paper.
 
 Source: the code released with Upadhyay et al., "ProbVLM: Probabilistic Adapter for Frozen Vision-Language Models",
-ICCV 2023: losses.py, networks.py and utils.py.
+ICCV 2023: losses.py, networks.py and utils.py as of 21 December 2023. `release="first"` of `get_GGuncer` and
+`multi_fwpass_ProbVLM` names utils.py as it was before that day.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ __all__ = [
 
 _FORCED_DROPOUT = 0.3
 
+_DIVISOR = {"current": 1.0, "first": 2.8}
+"""Of `get_GGuncer`, by release: Gamma(1/b) since 21 December 2023, as in the paper, and Gamma(2.8/b) before."""
+
 Moments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -43,6 +47,8 @@ class GenGaussLoss(nn.Module):
     With a = one_over_alpha + alpha_eps and b = beta + beta_eps:
 
         clamp(|mean - target| a b, resi_min, resi_max) - log a + lgamma(1/b) - log b
+
+    Tensors of several dtypes are promoted as in PyTorch's arithmetic; integers become floating.
 
     Raises:
         ValueError: for a reduction other than "mean" and "sum".
@@ -57,11 +63,21 @@ class GenGaussLoss(nn.Module):
 
     def forward(self, mean: Tensor, one_over_alpha: Tensor, beta: Tensor, target: Tensor) -> Tensor:
         """Four tensors of one shape, or that broadcast to one -> a scalar."""
+        mean, one_over_alpha, beta, target = _promoted(mean, one_over_alpha, beta, target)
         eps = self.alpha_eps
         if self.alpha_eps != self.beta_eps:  # the operator has one for both
             one_over_alpha, beta, eps = one_over_alpha + self.alpha_eps, beta + self.beta_eps, 0.0
         bounds = {"eps": eps, "clamp_min": self.resi_min, "clamp_max": self.resi_max}
         return ggd_nll(mean, one_over_alpha, beta, target, form="released", reduction=self.reduction, **bounds)
+
+
+def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """mean, one_over_alpha, beta and target in the dtype of the released loss of them."""
+    if len({t.dtype for t in tensors}) == 1 and tensors[0].is_floating_point():
+        return tensors
+    mean, a, b, target = (t if t.dim() == 0 else t.new_empty(0) for t in tensors)  # what promotion looks at
+    dtype = ((mean - target) * (a + 1.0) * (b + 1.0)).dtype
+    return tuple(t.to(dtype) for t in tensors)
 
 
 class TempCombLoss(GenGaussLoss):
@@ -82,21 +98,24 @@ class TempCombLoss(GenGaussLoss):
 class BayesCap_MLP(GGDAdapter):
     """The released adapter: an embedding [..., D] -> (mu, 1/alpha, beta), each [..., D].
 
-    A `GGDAdapter` with PyTorch's initial weights throughout.
+    A `GGDAdapter` with PyTorch's initial weights throughout, drawn in the released order. The number of layers does
+    not change it: from 3 on the released code builds these three.
 
     Raises:
-        ValueError: unless inp_dim == out_dim (the input is added to the output) and num_layers == 3, as in every
-            released checkpoint.
+        ValueError: unless inp_dim == out_dim (the input is added to the output) and num_layers >= 3 (with fewer the
+            released trunk lacks its last layer).
     """
 
     def __init__(self, inp_dim, out_dim, hid_dim=512, num_layers=1, p_drop=0):
         if inp_dim != out_dim:
             raise ValueError(f"BayesCap_MLP: inp_dim and out_dim must be equal, got {inp_dim} and {out_dim}")
-        if num_layers != 3:
-            raise ValueError(f"BayesCap_MLP: num_layers must be 3, got {num_layers}")
+        if num_layers < 3:
+            raise ValueError(f"BayesCap_MLP: num_layers must be at least 3, got {num_layers}")
         super().__init__(inp_dim, hid_dim, p_drop, positive="relu")
-        for head in (self.block_alpha, self.block_beta):
-            head[2].reset_parameters()
+
+    def _positive_head(self) -> nn.Sequential:
+        """As drawn by PyTorch, where `GGDAdapter` sets a bias."""
+        return nn.Sequential(nn.Linear(self.dim, self.dim), nn.ReLU(), nn.Linear(self.dim, self.dim), nn.ReLU())
 
 
 class BayesCap_for_CLIP(nn.Module):
@@ -115,21 +134,28 @@ class BayesCap_for_CLIP(nn.Module):
         return self.img_BayesCap(i_features), self.txt_BayesCap(t_features)
 
 
-def get_GGuncer(x_alpha: Tensor, x_beta: Tensor, c1: float = 3, c2: float = 2.8) -> Tensor:
-    """The released aleatoric uncertainty, elementwise; the paper's is `fastprob.ggd_variance`.
+def get_GGuncer(x_alpha: Tensor, x_beta: Tensor, c1: float = 3, c2: float = 2.8, *, release: str = "current") -> Tensor:
+    """The released aleatoric uncertainty, elementwise; the paper's, without bounds, is `fastprob.ggd_variance`.
 
-        a^2 Gamma(3/b) / Gamma(2.8/b),  a = clip(1 / (x_alpha + 1e-5), 1e-4, 5),  b = clip(x_beta + 0.1, 0.1, 5)
+        a^2 Gamma(3/b) / Gamma(c/b),  a = clip(1 / (x_alpha + 1e-5), 1e-4, 5),  b = clip(x_beta + 0.1, 0.1, 5)
 
     Args:
         x_alpha: 1/alpha. x_beta: beta. Of one shape.
         c1, c2: without effect, as in the released code.
+        release: "current" has c = 1, as the released code since 21 December 2023; "first" has c = 2.8, as before.
+
+    Raises:
+        ValueError: for another release.
     """
+    one_of("get_GGuncer", "release", release, tuple(_DIVISOR))
     a = (1 / (x_alpha + 1e-5)).clip(1e-4, 5)
     b = (x_beta + 0.1).clip(0.1, 5)
-    return a.square() * torch.exp(torch.lgamma(3 / b) - torch.lgamma(2.8 / b))
+    return a.square() * torch.exp(torch.lgamma(3 / b) - torch.lgamma(_DIVISOR[release] / b))
 
 
-def multi_fwpass_ProbVLM(BayesCap_Net: nn.Module, xfI: Tensor, xfT: Tensor, n_fw: int = 15) -> tuple[Moments, Moments]:
+def multi_fwpass_ProbVLM(
+    BayesCap_Net: nn.Module, xfI: Tensor, xfT: Tensor, n_fw: int = 15, *, release: str = "current"
+) -> tuple[Moments, Moments]:
     """The released Monte-Carlo passes: dropout on and its probability forced to 0.3, all else in evaluation mode.
 
     The same masks as the released code draws from the same random state; `BayesCap_Net` does not change.
@@ -138,6 +164,7 @@ def multi_fwpass_ProbVLM(BayesCap_Net: nn.Module, xfI: Tensor, xfT: Tensor, n_fw
         BayesCap_Net: a `BayesCap_for_CLIP`, or any module with its forward.
         xfI, xfT: image and text embeddings, each [B, D].
         n_fw: number of passes, at least 2.
+        release: see `get_GGuncer`.
 
     Returns:
         For image and text each: the means over the passes of mu, 1/alpha and beta, and sqrt(var(u) var(mu)), all
@@ -147,7 +174,7 @@ def multi_fwpass_ProbVLM(BayesCap_Net: nn.Module, xfI: Tensor, xfT: Tensor, n_fw
     net = _with_dropout(BayesCap_Net)
     passes = [net(xfI, xfT) for _ in range(n_fw)]
     image, text = zip(*passes)
-    return _moments(image), _moments(text)
+    return _moments(image, release), _moments(text, release)
 
 
 def _with_dropout(net: nn.Module) -> nn.Module:
@@ -161,7 +188,7 @@ def _with_dropout(net: nn.Module) -> nn.Module:
     return net
 
 
-def _moments(passes: tuple[Parameters, ...]) -> Moments:
+def _moments(passes: tuple[Parameters, ...], release: str) -> Moments:
     mu, inv_alpha, beta = (torch.stack(rows) for rows in zip(*passes))  # [n_fw, B, D] each
-    uncertainty = get_GGuncer(inv_alpha, beta).flatten(0, 1)  # [n_fw * B, D]
+    uncertainty = get_GGuncer(inv_alpha, beta, release=release).flatten(0, 1)  # [n_fw * B, D]
     return mu.mean(0), inv_alpha.mean(0), beta.mean(0), (uncertainty.var(0) * mu.var(0)).sqrt()
