@@ -7,6 +7,7 @@ stand with the operator in `fastprob.ops` and nowhere else.
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class _Loss(nn.Module):
         parameters = OPS[operator.__name__].signature.parameters.values()
         cls.__signature__ = inspect.Signature([p for p in parameters if p.kind is p.KEYWORD_ONLY])
 
-    def __init__(self, **options):
+    def __init__(self, **options: float | str):
         super().__init__()
         unknown = options.keys() - self.__signature__.parameters.keys()
         if unknown:
@@ -43,6 +44,10 @@ class _Loss(nn.Module):
 
     def forward(self, *tensors: Tensor, **named_tensors: Tensor) -> Tensor:
         return self._operator(*tensors, **named_tensors, **self.options)
+
+    if TYPE_CHECKING:  # torch types every call of a module as Any
+
+        def __call__(self, *tensors: Tensor, **named_tensors: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         defaults = self.__signature__.parameters

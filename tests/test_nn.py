@@ -3,12 +3,15 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import fastprob
 from fastprob._op import OPS
+from fastprob.compat.probvlm import GenGaussLoss
 from fastprob.nn import GGDNLLLoss, ProbVLMLoss
 
 LOSSES = {GGDNLLLoss: "ggd_nll", ProbVLMLoss: "probvlm_loss"}
@@ -61,6 +64,77 @@ def test_reduction(reduction):
     values = GGDNLLLoss(reduction=reduction)(**tensors)
     assert values.shape == ((3, 5) if reduction == "none" else ())
     torch.testing.assert_close(values.sum() / 15, GGDNLLLoss()(**tensors))
+
+
+def paper_nll(mu, inv_alpha, beta, target):
+    a, b = inv_alpha + 1e-4, beta + 1e-4
+    return (((mu - target).abs() * a).pow(b).clamp(1e-4, 1e3) - a.log() + torch.lgamma(1 + 1 / b)).mean()
+
+
+def test_defaults():
+    """By results without options, against the formulas with their constants."""
+    tensors = {k: t.detach() for k, t in tensors_for(ProbVLMLoss, 3, 5).items()}
+    for side in ("image", "text"):
+        mu, inv_alpha, target = (tensors[k] for k in (f"{side}_mu", f"{side}_inv_alpha", side))
+        mu[0, 0], mu[0, 1], inv_alpha[1] = target[0, 0] + 1e-9, target[0, 1] + 1e7, 0.0  # bounds and eps in force
+    *adapters, image, text = tensors.values()
+    (image_own, text_other), (text_own, image_other) = (
+        (paper_nll(*adapter, own), paper_nll(*adapter, other))
+        for adapter, own, other in ((adapters[:3], image, text), (adapters[3:], text, image))
+    )
+    expected = image_own + text_own + 1.0 * (text_other + image_other)
+    torch.testing.assert_close(ProbVLMLoss()(**tensors), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(GGDNLLLoss()(*adapters[:3], image), image_own, rtol=1e-12, atol=0)
+    for loss, inputs in ((ProbVLMLoss, tensors.values()), (GGDNLLLoss, (*adapters[:3], image))):
+        for name in ("eps", "clamp_min", "clamp_max"):
+            other = {name: 2 * OPS[LOSSES[loss]].options[name]}
+            assert (loss(**other)(*inputs) - loss()(*inputs)).abs() > 1e-7  # the data tells the default from another
+
+
+@each_loss
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_vmap_along_any_axis(loss, axis):
+    tensors = [t.detach() for t in tensors_for(loss, 3, 4, 5).values()]
+    module = loss(form="released")
+    dims = [axis] * (len(tensors) - 1) + [None]
+    tensors[-1] = tensors[-1].select(axis, 0)
+    expected = torch.stack(
+        [module(*(t.select(axis, i) for t in tensors[:-1]), tensors[-1]) for i in range(tensors[0].shape[axis])]
+    )
+    torch.testing.assert_close(torch.vmap(module, in_dims=tuple(dims))(*tensors), expected)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_widens_half_types_and_leaves_float64(loss, dtype):
+    tensors = {k: t.detach().to(dtype).requires_grad_() for k, t in tensors_for(loss, 3, 5).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss()(**tensors)
+    computed_in = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = loss()(**{k: t.to(computed_in) for k, t in tensors.items()})
+    assert value.dtype == computed_in
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    assert {g.dtype for g in gradients(value, tensors)} == {dtype}
+
+
+COLD = """
+import pickle, sys, torch
+import fastprob
+modules = pickle.load(sys.stdin.buffer)
+for module, tensors in modules:
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    values = [compiled(*tensors), module(*tensors)]  # compiled first, before any eager call
+    torch.testing.assert_close(*([v, *torch.autograd.grad(v.sum(), tensors)] for v in values))
+"""
+
+
+def test_first_call_is_compiled():
+    """In a fresh process, unpickled: an eager call, as a constructor makes, hides what a trace cannot enter."""
+    losses = [ProbVLMLoss(cross_weight=0.1), GGDNLLLoss(reduction="none"), GenGaussLoss(beta_eps=0.2)]
+    tensors = [list(tensors_for(loss, 3, 5).values()) for loss in (ProbVLMLoss, GGDNLLLoss, GGDNLLLoss)]
+    cases = pickle.dumps(list(zip(losses, tensors)))
+    done = subprocess.run([sys.executable, "-c", COLD], input=cases, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
 @each_loss
