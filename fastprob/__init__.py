@@ -12,9 +12,6 @@ from fastprob.ops.prototype_dispersion import prototype_dispersion
 
 from fastprob._backends import backend, info, load  # isort: skip  (after the operators, whose kernels it chooses)
 
-if TYPE_CHECKING:
-    from fastprob import adapters, compat, data, distributions, encoders, nn, prompts
-
 load()
 del load
 
@@ -37,8 +34,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """The subpackages, imported when they are first asked for."""
-    if name in __all__:
-        return importlib.import_module(f"fastprob.{name}")
-    raise AttributeError(f"module 'fastprob' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from fastprob import adapters, compat, data, distributions, encoders, nn, prompts
+else:
+
+    def __getattr__(name: str):
+        """The subpackages, imported when they are first asked for."""
+        if name in __all__:
+            return importlib.import_module(f"fastprob.{name}")
+        raise AttributeError(f"module 'fastprob' has no attribute {name!r}")
