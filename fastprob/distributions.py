@@ -83,6 +83,12 @@ class GeneralizedNormal(Distribution):
         scale, power = _ggd.wide(self.scale, self.power)
         return ggd_variance(1 / scale, power).to(self.loc.dtype)
 
+    @property
+    def stddev(self) -> Tensor:
+        """scale sqrt(Gamma(3/power) / Gamma(1/power)), also where the variance overflows or underflows."""
+        scale, power = _ggd.wide(self.scale, self.power)
+        return (scale * ggd_variance(torch.ones_like(power), power).sqrt()).to(self.loc.dtype)
+
     def entropy(self) -> Tensor:
         """1/power + log(2 scale Gamma(1 + 1/power)), in nats."""
         scale, power = _ggd.wide(self.scale, self.power)
@@ -95,8 +101,8 @@ class GeneralizedNormal(Distribution):
         gradient zero. At value = loc the gradients of |z|^power are zero.
         """
         if self._validate_args:
-            self._validate_sample(value)
-        dtype, value, loc, scale, power = self._widened(value)
+            self._validate_sample(value)  # type: ignore[arg-type]  # which refuses a number
+        dtype, (value, loc, scale, power) = self._widened(value)
         bounds = {"eps": 0.0, "clamp_min": 0.0, "clamp_max": torch.finfo(loc.dtype).max / 2}
         nll = ggd_nll(loc, 1 / scale, power, value, form="paper", reduction="none", **bounds)
         return (-math.log(2) - nll).to(dtype)
@@ -108,13 +114,13 @@ class GeneralizedNormal(Distribution):
         parameter: asking for power's raises NotImplementedError.
         """
         if self._validate_args:
-            self._validate_sample(value)
-        dtype, value, loc, scale, power = self._widened(value)
+            self._validate_sample(value)  # type: ignore[arg-type]  # which refuses a number
+        dtype, (value, loc, scale, power) = self._widened(value)
         return _CDF.apply(*torch.broadcast_tensors((value - loc) / scale, _without_gradient(power))).to(dtype)
 
     def icdf(self, value: Tensor | float) -> Tensor:
         """The quantile of a probability in [0, 1], computed in float64; NaN outside of [0, 1]. Gradients: see `cdf`."""
-        dtype, value, loc, scale, power = self._widened(value)
+        dtype, (value, loc, scale, power) = self._widened(value)
         wide = torch.broadcast_tensors(value.double(), _without_gradient(power).double())
         return (loc + scale * _Quantile.apply(*wide).to(value.dtype)).to(dtype)
 
@@ -133,12 +139,12 @@ class GeneralizedNormal(Distribution):
         uniform = 2 * torch.rand(shape, dtype=loc.dtype, device=loc.device) + never_0
         return (loc + scale * uniform * gamma.pow(1 / power)).to(dtype)
 
-    def _widened(self, value: Tensor | float) -> tuple[torch.dtype, Tensor, Tensor, Tensor, Tensor]:
+    def _widened(self, value: Tensor | float) -> tuple[torch.dtype, tuple[Tensor, ...]]:
         """The dtype of a result for `value`; value, loc, scale and power in it, half types widened to float32."""
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value, dtype=self.loc.dtype, device=self.loc.device)
         dtype = torch.promote_types(self.loc.dtype, value.dtype)
-        return dtype, *_ggd.wide(*(t.to(dtype) for t in (value, self.loc, self.scale, self.power)))
+        return dtype, _ggd.wide(*(t.to(dtype) for t in (value, self.loc, self.scale, self.power)))
 
 
 def _parameters(*values: Tensor | float) -> tuple[Tensor, ...]:
@@ -292,6 +298,7 @@ def _as_generalized(d: Distribution) -> GeneralizedNormal:
         return GeneralizedNormal(d.loc, math.sqrt(2) * d.scale, 2.0, validate_args=False)
     if isinstance(d, Laplace):
         return GeneralizedNormal(d.loc, d.scale, 1.0, validate_args=False)
+    assert isinstance(d, GeneralizedNormal)
     return d
 
 
@@ -317,7 +324,7 @@ def _kl(p: Distribution, q: Distribution) -> Tensor:
     parameters = (t.to(dtype) for t in (p.loc, p.scale, p.power, q.loc, q.scale, q.power))
     loc, scale, b, other_loc, other_scale, s = _ggd.wide(*parameters)
     shift = (loc - other_loc) / other_scale
-    is_shifted = shift != 0
+    is_shifted = shift.abs() > 0  # not for NaN, whose KL is NaN
     is_unknown = is_shifted & (s != 2)
     if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()) and (
         is_unknown.any() or (s.requires_grad and is_shifted.any())

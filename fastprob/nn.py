@@ -7,7 +7,8 @@ stand with the operator in `fastprob.ops` and nowhere else.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ class _Loss(nn.Module):
         TypeError: on construction, for an option that the operator does not have.
         ValueError: on construction, for an option's value that it refuses; on calling, for tensors that it refuses.
     """
+
+    _operator: ClassVar[Callable[..., Tensor]]
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, *, operator):
         cls._operator = staticmethod(operator)

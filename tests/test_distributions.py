@@ -343,8 +343,9 @@ def test_second_derivative_of_kl_for_loc_at_equal_locs(power, other):
     assert float(torch.func.hessian(kl)(loc)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_kl_gradients_where_its_second_derivative_is_infinite():
-    parameters = double(0.3, 0.8, 0.4, 1.1, 0.5, grad=True)
+@pytest.mark.parametrize("power", [0.4, 0.5])
+def test_kl_gradients_where_its_second_derivative_is_infinite(power):
+    parameters = double(0.3, 0.8, power, 1.1, 0.5, grad=True)
     same_loc = lambda loc, s, b, t, c: kl_divergence(GeneralizedNormal(loc, s, b), GeneralizedNormal(loc, t, c))  # noqa: E731
     assert torch.autograd.gradcheck(same_loc, parameters)
     p, q = GeneralizedNormal(*double(0.3, 1e-300, 1.5)), GeneralizedNormal(*double(0.3, 1.0, 0.5))  # it overflows
@@ -499,6 +500,29 @@ def test_values_that_are_numbers(dtype):
             torch.testing.assert_close(getattr(d, method)(value), expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="must be a Tensor"):
         GeneralizedNormal(*parameters, validate_args=True).log_prob(0.3)
+
+
+def test_stddev_where_the_variance_leaves_the_dtype():
+    scale = torch.tensor([1e-30, 1e30], requires_grad=True)
+    stddev = GeneralizedNormal(0.0, scale, 2.0).stddev
+    assert_close(stddev, scale.detach() / 2**0.5, rtol=1e-6)
+    assert_close(torch.autograd.grad(stddev.sum(), scale)[0], [0.5**0.5] * 2, rtol=1e-6)
+
+
+def test_nan_parameters_give_nan():
+    for bad in range(3):
+        parameters = [torch.tensor(math.nan) if i == bad else torch.tensor(v) for i, v in enumerate((0.0, 1.0, 3.0))]
+        d, other = GeneralizedNormal(*parameters, validate_args=False), GeneralizedNormal(0.0, 1.0, 1.5)
+        values = [
+            d.log_prob(0.5),
+            d.cdf(0.5),
+            d.icdf(0.3),
+            d.rsample(),
+            kl_divergence(d, other),
+            kl_divergence(other, d),
+        ]
+        values += [d.mean] if bad == 0 else [d.variance, d.stddev, d.entropy()]
+        assert all(v.isnan() for v in values), (bad, values)
 
 
 def test_half_types_are_rounded_once():
