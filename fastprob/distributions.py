@@ -14,7 +14,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Gamma, Laplace, Normal, constraints, kl_divergence, register_kl
+from torch.distributions import Distribution, Gamma, Laplace, Normal, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
 from fastprob.ops import _ggd
@@ -350,9 +350,3 @@ def _curvature(log_ratio: Tensor, b: Tensor, s: Tensor) -> Tensor:
     log_moment = torch.lgamma(torch.where(exists, 1 + (s - 1) / b, 1)) - torch.lgamma(1 + 1 / b)
     large = math.log(torch.finfo(s.dtype).max) / 2
     return s / 2 * torch.where(exists, (s - 2) * log_ratio + log_moment, large).clamp(max=large).exp()
-
-
-_ONE_OF_EACH = (GeneralizedNormal(0.0, 1.0, 2.0), Normal(0.0, 1.0), Laplace(0.0, 1.0))
-for _p in _ONE_OF_EACH:
-    for _q in _ONE_OF_EACH:
-        kl_divergence(_p, _q)  # torch.compile traces torch's table of KL functions, but not the first look into it
