@@ -1,0 +1,40 @@
+"""What `import fastprob` gives: the operators at once, the subpackages when asked for, every module by its name."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+import fastprob
+
+LAZY = """
+import sys
+import fastprob
+assert not {"open_clip", "fastprob.nn", "fastprob.prompts"} & set(sys.modules), "imported before it is asked for"
+names = [name for name in fastprob.__all__ if not name.startswith("_")]
+assert {"adapters", "compat", "data", "distributions", "encoders", "nn", "prompts"} < set(names)
+for name in names:
+    assert getattr(fastprob, name) is not None
+print(fastprob.nn.GGDNLLLoss(), fastprob.distributions.GeneralizedNormal(0.0, 1.0, 2.0))
+"""
+
+
+def test_subpackages_are_imported_when_they_are_asked_for():
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "GGDNLLLoss() GeneralizedNormal(loc: 0.0, scale: 1.0, power: 2.0)\n"
+    with pytest.raises(AttributeError, match="module 'fastprob' has no attribute 'no_such_name'"):
+        fastprob.no_such_name  # noqa: B018 (the access is the test)
+
+
+def test_no_function_hides_a_module():
+    found = [info.name for info in pkgutil.walk_packages(fastprob.__path__, "fastprob.")]
+    names = [name for name in found if not name.startswith(("fastprob._c", "fastprob.__main__", "fastprob.kernels."))]
+    assert {"fastprob.ops.ggd_nll", "fastprob.nn", "fastprob.compat.probvlm"} < set(names)
+    for name in names:
+        importlib.import_module(name)
+        parent, _, child = name.rpartition(".")
+        assert isinstance(getattr(sys.modules[parent], child), types.ModuleType), name
