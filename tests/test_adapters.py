@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastprob._training import write_atomically
+from fastprob._files import write_atomically
 from fastprob.adapters import GGDAdapter, ProbVLM
 
 RELEASED = ["mod.0", "mod.2", "mod.5"] + [f"block_{head}.{i}" for head in ("mu", "alpha", "beta") for i in (0, 2)]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from fastprob._training import write_atomically
+from fastprob._files import write_atomically
 
 EPS = 1e-4
 """Added to 1/alpha and to beta before either is used, in the losses and in the uncertainty alike."""
@@ -102,7 +102,7 @@ class ProbVLM(nn.Module):
         """Write weights and config to one safetensors file; readers see the old file or the new one."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         data = to_safetensors(tensors, {"format": _FORMAT, "config": json.dumps(self.config)})
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+        write_atomically(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ProbVLM":

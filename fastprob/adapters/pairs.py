@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastprob._training import seed_of
+from fastprob.training import seed_of
 
 _CHECK_ROWS = 65536
 """Rows read at a time by the check for NaN, so that a memory-mapped store is never copied whole."""

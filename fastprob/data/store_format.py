@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from fastprob._files import write_atomically
+
 FORMAT = 1
 IMAGE, TEXT, CAPTIONS, METADATA = "image.npy", "text.npy", "captions.jsonl", "metadata.json"
 DATA_FILES = (IMAGE, TEXT, CAPTIONS)
@@ -50,11 +52,8 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Replace the store's metadata in one step."""
-    temporary = path / (METADATA + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(json.dumps(metadata, indent=1, ensure_ascii=False).encode() + b"\n")
-        sync(file)
-    os.replace(temporary, path / METADATA)
+    text = json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path / METADATA, text, durable=True)
 
 
 def sync(file: Any) -> None:
