@@ -8,10 +8,11 @@ import scipy.stats
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from fastprob.adapters import PairedEmbeddings
-from fastprob.uncertainty import calibration as module
-from fastprob.uncertainty import figures
-from fastprob.uncertainty.calibration import calibrate, evaluate, match_rank, recall_at_k, spearman, uncertainty_levels
+from fastprob.adapters import PairedEmbeddings, report
+from fastprob.evaluation import figures, retrieval
+from fastprob.evaluation.calibration import calibrate, evaluate, uncertainty_levels
+from fastprob.evaluation.retrieval import match_rank, recall_at_k
+from fastprob.evaluation.statistics import spearman
 
 
 def graded(levels=5, per_level=20):
@@ -65,7 +66,7 @@ def test_equal_recall_everywhere_has_no_score():
 @pytest.mark.parametrize("budget", [1, 64, 1 << 23])
 @pytest.mark.parametrize("kind", ["matrix", "ids"])
 def test_ranks_against_brute_force(monkeypatch, budget, kind):
-    monkeypatch.setattr(module, "_SIMILARITIES", budget)
+    monkeypatch.setattr(retrieval, "_SIMILARITIES", budget)
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(31, 5, generator=generator)
     gallery = torch.randn(17, 5, generator=generator) * torch.logspace(-3, 3, 17)[:, None]  # length must not matter
@@ -210,14 +211,15 @@ def test_figures_show_what_they_are_given(tmp_path, monkeypatch):
         drawn[path.name] = figure
         return save(figure, path)
 
-    monkeypatch.setattr(figures, "save_figure", keep)
+    for module in (figures, report):
+        monkeypatch.setattr(module, "save_figure", keep)
     query, gallery, level, match = graded()
     result = calibrate(query, gallery, level, match, levels=5)
     ambiguity = torch.tensor([1.0, 2, 4, 8, 900, 1000])
     paths = [
         figures.recall_by_level({"text to image": result}, tmp_path / "new" / "recall.png"),
         figures.uncertainty_by_ambiguity(ambiguity, ambiguity.log(), tmp_path / "ambiguity.png"),
-        figures.training_curves(history(), tmp_path / "training.png"),
+        report.training_curves(history(), tmp_path / "training.png"),
     ]
     for path in paths:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -235,7 +237,7 @@ def test_figures_show_what_they_are_given(tmp_path, monkeypatch):
 def test_figures_refuse_nothing_to_show(tmp_path):
     for call in (
         lambda: figures.recall_by_level({}, tmp_path / "x.png"),
-        lambda: figures.training_curves(history(epochs=0), tmp_path / "x.png"),
+        lambda: report.training_curves(history(epochs=0), tmp_path / "x.png"),
         lambda: figures.uncertainty_by_ambiguity(torch.zeros(3), torch.ones(3), tmp_path / "x.png"),
         lambda: figures.uncertainty_by_ambiguity(torch.ones(3), torch.ones(4), tmp_path / "x.png"),
     ):
@@ -254,20 +256,20 @@ def test_figures_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"fastprob\[plot\]"):
-        figures.training_curves(history(), tmp_path / "x.png")
+        report.training_curves(history(), tmp_path / "x.png")
 
 
 def test_large_retrieval_stays_within_its_memory_budget(monkeypatch):
     """No tensor of a block may exceed the budget, whatever N x M would be."""
-    monkeypatch.setattr(module, "_SIMILARITIES", 1 << 12)
+    monkeypatch.setattr(retrieval, "_SIMILARITIES", 1 << 12)
     largest = []
-    block = module._block
+    block = retrieval._block
 
     def watched(match, rows):
         largest.append(block(match, rows).numel())
         return block(match, rows)
 
-    monkeypatch.setattr(module, "_block", watched)
+    monkeypatch.setattr(retrieval, "_block", watched)
     generator = torch.Generator().manual_seed(0)
     rows = normalize(torch.randn(2000, 4, generator=generator), dim=1)
     assert recall_at_k(rows, rows, (torch.arange(2000), torch.arange(2000))) == 1

@@ -16,12 +16,14 @@ import toy_clip
 
 from fastprob import cli
 from fastprob.adapters import ProbVLM, nll, predict
+from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data import digitscenes
 from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import EmbeddingStore, embed
 from fastprob.encoders import load_encoder
-from fastprob.uncertainty.calibration import Calibration, Evaluation, recall_at_k, spearman
-from fastprob.uncertainty.report import Report, evaluate_store
+from fastprob.evaluation.calibration import Calibration, Evaluation
+from fastprob.evaluation.retrieval import recall_at_k
+from fastprob.evaluation.statistics import spearman
 
 SCENES = {"train": "digitscenes:val", "val": "digitscenes:test"}
 COUNT = 200  # scenes of each

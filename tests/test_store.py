@@ -116,6 +116,54 @@ def test_half_precision_is_stored_as_float32(tmp_path, encoder):
     assert torch.equal(store.image, store.image.half().float())
 
 
+# ---------------------------------------------------------------------------------------- ambiguity
+
+
+class Known(Digits):
+    """Digits that know how many images each caption fits."""
+
+    def ambiguity(self):
+        captions = [caption for i in range(len(self)) for caption in self[i][1]]
+        return torch.tensor([sum(caption in self[i][1] for i in range(len(self))) for caption in captions])
+
+
+def test_ambiguity_is_a_column_of_the_store(tmp_path, encoder, complete):
+    store = write(tmp_path / "store", encoder, Known())
+    assert store.ambiguity.equal(Known().ambiguity()) and store.ambiguity.unique().tolist() == [1, 2, 5]
+    store.verify()
+    assert EmbeddingStore(complete).ambiguity is None
+    write(tmp_path / "store", encoder, overwrite=True)
+    assert_same_files(tmp_path / "store", complete)
+
+
+def test_a_store_from_before_the_column_opens_and_gets_it_without_encoding(copy, encoder):
+    assert EmbeddingStore(copy).ambiguity is None
+    before, dataset = {name: (copy / name).read_bytes() for name in store_format.DATA_FILES}, Known()
+    expected = dataset.ambiguity()
+    never = Altered(encoder, encode_image=pytest.fail, encode_text=pytest.fail)
+    store = write(copy, never, dataset)
+    assert store.ambiguity.equal(expected)
+    store.verify()
+    assert {name: (copy / name).read_bytes() for name in before} == before
+    dataset.ambiguity = pytest.fail  # written once
+    write(copy, never, dataset)
+
+
+def test_a_damaged_or_wrong_ambiguity_is_named(tmp_path, encoder):
+    dataset, file = Known(), tmp_path / "store" / store_format.AMBIGUITY
+    store, data = write(tmp_path / "store", encoder, dataset), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"ambiguity\.npy: shard 0: expected sha256"):
+        store.verify()
+    os.truncate(file, len(data) - 1)
+    with pytest.raises(ValueError, match=rf"ambiguity\.npy: expected {len(data)} bytes, got {len(data) - 1} bytes"):
+        EmbeddingStore(tmp_path / "store")
+    dataset.ambiguity = lambda: torch.ones(3)
+    with pytest.raises(ValueError, match=r"expected the ambiguity of 33 captions, got \(3,\)"):
+        write(tmp_path / "other", encoder, dataset)
+
+
 # ----------------------------------------------------------------------------- once, and interruption
 
 

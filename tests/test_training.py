@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 import fastprob
 from fastprob.adapters import PairedEmbeddings, ProbVLM, TrainConfig, fit, nll, training
-from fastprob.adapters.pairs import Pairs
+from fastprob.data.pairs import Pairs
 
 DIM = 8
 

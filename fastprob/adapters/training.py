@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fastprob
 from fastprob.adapters.adapter import ProbVLM, check_adapter
-from fastprob.adapters.pairs import Paired, Pairs, check_paired
+from fastprob.data.pairs import Paired, Pairs, check_paired
 from fastprob.training import Run, cosine, own_random_state, seed_all
 
 _LOSS_OPTIONS = ("cross_weight", "l1_weight", "nll_weight", "form")

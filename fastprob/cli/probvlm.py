@@ -103,8 +103,8 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from fastprob.adapters.report import evaluate_store
     from fastprob.data.store import EmbeddingStore
-    from fastprob.uncertainty.report import evaluate_store
 
     store = EmbeddingStore(args.store)
     model = _load_checkpoint(args.checkpoint, store).to(device_of(args.device))

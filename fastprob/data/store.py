@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastprob.data import store_format as on_disk
-from fastprob.data.store_format import CAPTIONS, DATA_FILES, IMAGE, TEXT
+from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, TEXT
 
 
 class EmbeddingStore:
@@ -89,6 +89,14 @@ class EmbeddingStore:
         labels = [sample["label"] for sample in self._samples]
         return None if None in labels else torch.tensor(labels)
 
+    @cached_property
+    def ambiguity(self) -> Tensor | None:
+        """[M] int64: how many of the images each caption fits.
+
+        None when the data set does not know it, and in a store from before this column: `embed` adds it there.
+        """
+        return torch.from_numpy(np.load(self.path / AMBIGUITY)) if AMBIGUITY in self.metadata else None
+
     def verify(self) -> None:
         """Read every byte; raises ValueError naming the first file and shard whose checksum differs."""
         on_disk.verify(self.path, self.metadata)
@@ -107,11 +115,12 @@ def embed(
 ) -> EmbeddingStore:
     """Encode `dataset` with `encoder` into a store at `path`, once; return the opened store.
 
-    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N];
-    `encoder` is what `fastprob.encoders.load_encoder` returns. A complete store from the same source is
-    returned as it is, a partial one is checked and resumed, `overwrite` starts afresh. `shard_size` images
-    are secured at a time; with equal `batch_size`, `shard_size` and thread count, an interrupted run ends in
-    the same bytes as an uninterrupted one.
+    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N] and
+    `ambiguity() -> [M]`, how many of the images each caption fits; `encoder` is what
+    `fastprob.encoders.load_encoder` returns. A complete store from the same source is returned as it is,
+    but for an ambiguity that it lacks, a partial one is checked and resumed, `overwrite` starts afresh.
+    `shard_size` images are secured at a time; with equal `batch_size`, `shard_size` and thread count, an
+    interrupted run ends in the same bytes as an uninterrupted one.
 
     Raises ValueError when the store at `path` came from another data set or encoder (naming the difference),
     when it is damaged, or when the encoder's output is malformed; OSError (ENOSPC) when the disk is full or
@@ -127,14 +136,16 @@ def embed(
     if metadata is None:
         metadata = on_disk.new_metadata(source)
     _check_source(path, metadata["source"], source)
-    if not metadata["complete"]:
-        with _explain_full_disk(path, metadata):
+    with _explain_full_disk(path, metadata):
+        if not metadata["complete"]:
             _prepare(path, metadata)
             _check_space(path, metadata, dataset)
             done, total = metadata["images"], len(dataset)
             with tqdm(total=total, initial=done, unit="image", disable=not progress) as bar:
                 _append_shards(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, bar)
             _finish(path, metadata)
+        if hasattr(dataset, "ambiguity") and AMBIGUITY not in metadata:
+            on_disk.write_ambiguity(path, metadata, np.asarray(dataset.ambiguity()))
     return EmbeddingStore(path)
 
 
@@ -279,8 +290,8 @@ def _prepare(path: Path, metadata: dict[str, Any]) -> None:
     if resume:
         on_disk.verify(path, metadata)
     else:
-        path.mkdir(parents=True, exist_ok=True)
         on_disk.write_metadata(path, metadata)  # from here on, an old store here counts as overwritten
+        (path / AMBIGUITY).unlink(missing_ok=True)
     for name in DATA_FILES:
         with open(path / name, "r+b" if resume else "wb") as file:
             file.write(on_disk.header(metadata, name))

@@ -1,12 +1,13 @@
 """What an embedding store looks like on disk, and how it is checked. `fastprob.data.store` uses it.
 
-A store is a directory of four files:
+A store is a directory of four or five files:
 
     image.npy        [N, D] float32, one row per image
     text.npy         [M, D] float32, one row per caption, in the order of the images
     captions.jsonl   N lines {"captions": [...], "label": int or null}
+    ambiguity.npy    [M] int64, how many of the images each caption fits, where the data set knows it
     metadata.json    format, source (data set, encoder, transform), counts;
-                     for every shard and file: rows, bytes, sha256
+                     for every shard and file: rows, bytes, sha256; for ambiguity.npy: bytes, sha256
 
 metadata.json alone says what is valid. It is replaced in one step, after the data it speaks of has been
 flushed to the disk, so bytes beyond the last recorded shard are the remains of an interrupted run.
@@ -25,7 +26,8 @@ from fastprob._files import write_atomically
 
 FORMAT = 1
 IMAGE, TEXT, CAPTIONS, METADATA = "image.npy", "text.npy", "captions.jsonl", "metadata.json"
-DATA_FILES = (IMAGE, TEXT, CAPTIONS)
+DATA_FILES = (IMAGE, TEXT, CAPTIONS)  # written shard by shard
+AMBIGUITY = "ambiguity.npy"  # written last; its name is its key in the metadata too
 KEYS = ("format", "complete", "source", "images", "texts", "shards")
 
 
@@ -63,11 +65,11 @@ def sync(file: Any) -> None:
 
 
 def header(metadata: dict[str, Any], name: str) -> bytes:
-    """The .npy header of a data file (none for the captions), for the rows recorded so far.
+    """The .npy header of a data file that grows (none for the others), for the rows recorded so far.
 
     Its length does not depend on the rows: numpy leaves room for the first axis to grow.
     """
-    if name == CAPTIONS:
+    if name in (CAPTIONS, AMBIGUITY):
         return b""
     shape = (metadata["images" if name == IMAGE else "texts"], metadata["source"]["dim"])
     buffer = io.BytesIO()
@@ -76,14 +78,35 @@ def header(metadata: dict[str, Any], name: str) -> bytes:
     return buffer.getvalue()
 
 
+def write_ambiguity(path: Path, metadata: dict[str, Any], ambiguity: np.ndarray) -> None:
+    """Write and record the column of ambiguity, [M]. Raises ValueError for another number of captions."""
+    if ambiguity.shape != (metadata["texts"],):
+        raise ValueError(f"{path}: expected the ambiguity of {metadata['texts']} captions, got {ambiguity.shape}")
+    buffer = io.BytesIO()
+    np.save(buffer, ambiguity.astype("<i8"))
+    data = buffer.getvalue()
+    write_atomically(path / AMBIGUITY, data, durable=True)
+    metadata[AMBIGUITY] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_metadata(path, metadata)
+
+
 def size(metadata: dict[str, Any], name: str) -> int:
     """Bytes of a data file that the recorded shards account for."""
-    return len(header(metadata, name)) + sum(shard[name]["bytes"] for shard in metadata["shards"])
+    return len(header(metadata, name)) + sum(part["bytes"] for part in _parts(metadata, name))
+
+
+def _files(metadata: dict[str, Any]) -> list[str]:
+    return [*DATA_FILES, *([AMBIGUITY] if AMBIGUITY in metadata else [])]
+
+
+def _parts(metadata: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Bytes and sha256 of a file's shards, or of its only part."""
+    return [metadata[name]] if name == AMBIGUITY else [shard[name] for shard in metadata["shards"]]
 
 
 def check_sizes(path: Path, metadata: dict[str, Any]) -> None:
     """Raises ValueError naming a file that is missing, or shorter than its shards (once complete: longer)."""
-    for name in DATA_FILES:
+    for name in _files(metadata):
         file, expected = path / name, size(metadata, name)
         got = file.stat().st_size if file.exists() else None
         if got is None or got < expected or (metadata["complete"] and got != expected):
@@ -94,11 +117,11 @@ def check_sizes(path: Path, metadata: dict[str, Any]) -> None:
 def verify(path: Path, metadata: dict[str, Any]) -> None:
     """Read every recorded byte; raises ValueError naming the first file and shard whose checksum differs."""
     check_sizes(path, metadata)
-    for name in DATA_FILES:
+    for name in _files(metadata):
         with open(path / name, "rb") as file:
             file.seek(len(header(metadata, name)))
-            for number, shard in enumerate(metadata["shards"]):
-                expected = shard[name]["sha256"]
-                got = hashlib.sha256(file.read(shard[name]["bytes"])).hexdigest()
+            for number, part in enumerate(_parts(metadata, name)):
+                expected = part["sha256"]
+                got = hashlib.sha256(file.read(part["bytes"])).hexdigest()
                 if got != expected:
                     raise ValueError(f"{path / name}: shard {number}: expected sha256 {expected}, got {got}")

@@ -10,13 +10,12 @@ import torch
 
 import fastprob
 from fastprob.adapters import FitResult, TrainConfig, fit
+from fastprob.adapters.report import Report, evaluate_store, training_curves
 from fastprob.data.digitscenes import LEVELS, DigitScenes
 from fastprob.data.store import EmbeddingStore, embed
 from fastprob.demo import speed, study
 from fastprob.encoders import load_encoder
-from fastprob.uncertainty.calibration import recall_at_k
-from fastprob.uncertainty.figures import training_curves
-from fastprob.uncertainty.report import Report, evaluate_store
+from fastprob.evaluation.retrieval import recall_at_k
 
 HEADS = (("softplus", "paper"), ("relu", "paper"), ("relu", "released"))  # ours, the released heads, and their loss
 

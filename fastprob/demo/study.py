@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from fastprob.adapters import TrainConfig, fit
+from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data.store import EmbeddingStore
-from fastprob.uncertainty.report import Report, evaluate_store
+from fastprob.evaluation.plots import axes_of_figure, save_figure
 
 CROSS_WEIGHTS = (1e-4, 0.1, 1.0)  # the released default first
 SEEDS = (0, 1, 2)
@@ -96,8 +97,6 @@ def table(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Recall@1 by level of uncertainty, a line a cross weight, for the first heads of `rows`."""
-    from fastprob.uncertainty.figures import axes_of_figure, save_figure
-
     figure, axes = axes_of_figure()
     for row in rows[: len(CROSS_WEIGHTS)]:
         label = f"cross weight {row.cross_weight:g}: S = {row.s[0]:+.2f}"

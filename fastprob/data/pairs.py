@@ -1,4 +1,4 @@
-"""Paired embeddings in memory or on disk: what training reads, how captions are drawn, what is refused."""
+"""Paired embeddings of images and captions: what a usable set is, and how training draws batches from it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,18 +4,24 @@ import dataclasses
 import json
 import math
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprob.adapters import GGDAdapter, ProbVLM, nll, predict
+from fastprob._files import write_atomically
+from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.training import nll
+from fastprob.adapters.uncertainty import predict
 from fastprob.data.store import EmbeddingStore
-from fastprob.uncertainty.calibration import Calibration, Evaluation, evaluate, spearman
+from fastprob.evaluation.calibration import Calibration, Evaluation, evaluate
+from fastprob.evaluation.figures import recall_by_level, uncertainty_by_ambiguity
+from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
+from fastprob.evaluation.statistics import spearman
 
-PREDICT_ROWS = 16384
+_PREDICT_ROWS = 16384
 """Rows of [D] uncertainties held at a time, before their mean over D: 130 MB in four tensors at D = 512."""
 
 
@@ -35,7 +41,7 @@ class Report:
     text_uncertainty: Tensor
     """[M] total uncertainty of each caption, mean over D."""
     ambiguity: Tensor | None
-    """[M] how many images each caption fits, where that is known (DigitScenes)."""
+    """[M] how many images each caption fits, where the store knows."""
 
     @property
     def ambiguity_spearman(self) -> float | None:
@@ -59,18 +65,13 @@ class Report:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write report.json into `directory`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        (directory / "report.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(Path(directory) / "report.json", text)
 
     def draw(self, directory: str | os.PathLike) -> None:
         """Draw recall_by_level.png and uncertainty_by_ambiguity.png. Raises ImportError without matplotlib."""
-        from fastprob.uncertainty.figures import recall_by_level, uncertainty_by_ambiguity
-
-        directory, found = Path(directory), self.evaluation
-        directions = {"image -> text": found.image_to_text, "text -> image": found.text_to_image}
-        recall_by_level(directions, directory / "recall_by_level.png")
+        directory = Path(directory)
+        recall_by_level(self.evaluation.directions, directory / "recall_by_level.png")
         if self.ambiguity is not None:
             path = directory / "uncertainty_by_ambiguity.png"
             uncertainty_by_ambiguity(self.ambiguity, self.text_uncertainty, path)
@@ -107,25 +108,41 @@ def evaluate_store(
         nll=nll(model, store),
         evaluation=evaluate(store, image, text, match=match, levels=levels),
         text_uncertainty=text,
-        ambiguity=_ambiguity(store),
+        ambiguity=store.ambiguity,
     )
+
+
+def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
+    """Loss of every step and of every epoch, and the validation NLL, from `fit`'s history.
+
+    Args:
+        history: `FitResult.history` or the content of history.json, of at least one epoch.
+        path: of the PNG file.
+
+    Returns:
+        `path`. Raises ValueError without an epoch, ImportError without matplotlib.
+    """
+    epochs = len(history["train_loss"])
+    if not epochs:
+        raise ValueError("training_curves: history must hold at least one epoch, got none")
+    steps = len(history["step_loss"])
+    figure, axes = axes_of_figure()
+    step = torch.arange(1, steps + 1) * (epochs / steps)
+    epoch = torch.arange(1, epochs + 1)
+    axes.plot(step, history["step_loss"], color=COLOURS[0], alpha=0.25, linewidth=0.8, label="loss of a step")
+    axes.plot(epoch, history["train_loss"], color=COLOURS[0], label="loss of an epoch")
+    if history["val_nll"]:
+        axes.plot(epoch, history["val_nll"], color=COLOURS[1], label="validation NLL")
+    axes.set(xlabel="epoch", ylabel="nats per dimension")
+    axes.set_title("Adapter training")
+    axes.legend(frameon=False)
+    return save_figure(figure, path)
 
 
 def _total_uncertainty(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> Tensor:
     """[R, D] -> [R] mean over D of the total uncertainty. A row's result does not depend on its block."""
-    blocks = rows.split(PREDICT_ROWS)
+    blocks = rows.split(_PREDICT_ROWS)
     return torch.cat([predict(adapter, block, passes=passes, seed=seed).total.mean(1) for block in blocks])
-
-
-def _ambiguity(store: EmbeddingStore) -> Tensor | None:
-    """[M] how many of the store's scenes each caption fits, when it is of DigitScenes."""
-    name = re.fullmatch(r"digitscenes:(\w+)(?::seed=(\d+))?", store.metadata["source"]["dataset"])
-    if name is None:
-        return None
-    from fastprob.data.digitscenes import DigitScenes
-
-    dataset = DigitScenes(name[1], seed=int(name[2] or 0), num_scenes=len(store.image))
-    return dataset.ambiguity() if dataset.captions == store.captions else None
 
 
 def _calibration(result: Calibration) -> dict[str, Any]:

@@ -14,23 +14,14 @@ S and R^2 are NaN when recall@1 is the same in every level. The measure is that 
 ICCV 2023, section 4.1, whose released code does not say how ties, levels and ranking were done.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastprob.adapters.pairs import Paired, check_paired
-
-Match = Tensor | tuple[Tensor, Tensor]
-"""Ground truth: bool [Q, G], or ids of queries [Q] and of gallery items [G], which match where they are equal."""
-
-_TIE = 1e-6
-"""Cosine similarities closer than this tie: float32 sums of equal rows differ by less, from batch to batch."""
-
-_SIMILARITIES = 1 << 23
-"""Most similarities held at a time; with their masks about 100 MB."""
+from fastprob.data.pairs import Paired, check_paired
+from fastprob.evaluation.retrieval import Match, match_rank
+from fastprob.evaluation.statistics import pearson, spearman
 
 
 @dataclass(frozen=True)
@@ -69,10 +60,14 @@ class Evaluation:
     image_to_text: Calibration
     text_to_image: Calibration
 
+    @property
+    def directions(self) -> dict[str, Calibration]:
+        """Name of a direction -> its calibration."""
+        return {"image -> text": self.image_to_text, "text -> image": self.text_to_image}
+
     def table(self) -> str:
         """Both tables as text."""
-        directions = {"image -> text": self.image_to_text, "text -> image": self.text_to_image}
-        return "\n\n".join(f"{name}\n{result.table()}" for name, result in directions.items())
+        return "\n\n".join(f"{name}\n{calibration.table()}" for name, calibration in self.directions.items())
 
 
 def evaluate(
@@ -123,22 +118,23 @@ def calibrate(query: Tensor, gallery: Tensor, uncertainty: Tensor, match: Match,
         ValueError: shapes that don't fit, an uncertainty or embedding that is not finite, a query without
             a match, fewer queries than levels.
     """
-    scores = _per_query("calibrate", uncertainty, len(query))
+    scores = _of_queries(uncertainty, len(query))  # [Q]
     if not 2 <= levels <= len(query):
         raise ValueError(f"calibrate: levels must be from 2 to the {len(query)} queries, got {levels}")
     rank = match_rank(query, gallery, match)
     level = uncertainty_levels(scores, levels)  # [Q]
     count = torch.bincount(level, minlength=levels)
-    right = (rank == 0).to(torch.float64)
-    recall = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, right) / count
-    mean = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, scores) / count
-    steps = torch.arange(levels, dtype=torch.float64)
+
+    def mean_by_level(values: Tensor) -> Tensor:  # [Q] -> [K]
+        return torch.zeros(levels, dtype=torch.float64).index_add_(0, level, values.double()) / count
+
+    recall, steps = mean_by_level(rank == 0), torch.arange(levels)
     return Calibration(
-        uncertainty=mean.tolist(),
+        uncertainty=mean_by_level(scores).tolist(),
         recall=recall.tolist(),
         count=count.tolist(),
         spearman=spearman(steps, recall),
-        r2=_pearson(steps, recall) ** 2,
+        r2=pearson(steps, recall) ** 2,
         recall_at={k: float((rank < k).double().mean()) for k in (1, 5, 10) if k <= len(gallery)},
     )
 
@@ -151,95 +147,32 @@ def uncertainty_levels(uncertainty: Tensor, levels: int) -> Tensor:
     return level
 
 
-def spearman(x: Tensor, y: Tensor) -> float:
-    """Spearman's rank correlation of two vectors [n], ties with their average rank; NaN if one is constant.
-
-    Raises ValueError unless both are [n] with n >= 2 and free of NaN.
-    """
-    if x.dim() != 1 or x.shape != y.shape or len(x) < 2:
-        raise ValueError(f"spearman: x and y must both be [n >= 2], got {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.isnan().any() or y.isnan().any():
-        raise ValueError("spearman: x and y must be free of NaN")
-    return _pearson(_average_rank(x), _average_rank(y))
+def mean_uncertainty(uncertainty: Tensor) -> Tensor:
+    """[N], or [N, D] of which the mean over D counts -> [N] float64 on the CPU."""
+    of_rows = uncertainty.cpu().double()
+    return of_rows.mean(1) if of_rows.dim() == 2 else of_rows
 
 
-def recall_at_k(query: Tensor, gallery: Tensor, match: Match, k: int = 1) -> float:
-    """Share of the queries with a match among their first k gallery items. Arguments as in `calibrate`."""
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"recall_at_k: k must be from 1 to the {len(gallery)} gallery items, got {k}")
-    return float((match_rank(query, gallery, match) < k).double().mean())
-
-
-def match_rank(query: Tensor, gallery: Tensor, match: Match) -> Tensor:
-    """For each query, how many gallery items stand before its best match, [Q] int64 on the CPU.
-
-    By cosine similarity; an item that ties with the best match without matching stands before it. Arguments
-    and errors as in `calibrate`. Works through the queries in blocks, never holding [Q, G] similarities.
-    """
-    _check_retrieval(query, gallery, match)
-    gallery_unit = F.normalize(gallery.float(), dim=1)  # [G, D]
-    ranks = []
-    for start in range(0, len(query), max(1, _SIMILARITIES // len(gallery))):
-        rows = slice(start, start + max(1, _SIMILARITIES // len(gallery)))
-        similarity = F.normalize(query[rows].to(gallery.device).float(), dim=1) @ gallery_unit.T  # [B, G]
-        matches = _block(match, rows).to(gallery.device)  # [B, G]
-        if not matches.any(1).all():
-            bare = start + int((~matches.any(1)).nonzero()[0])
-            raise ValueError(f"match_rank: every query needs a match, query {bare} has none")
-        best = similarity.masked_fill(~matches, -math.inf).amax(1, keepdim=True)  # [B, 1]
-        ranks.append(((similarity > best - _TIE) & ~matches).sum(1).cpu())
-    return torch.cat(ranks)
-
-
-def _block(match: Match, rows: slice) -> Tensor:
-    """bool [B, G]"""
-    return match[rows] if isinstance(match, Tensor) else match[0][rows, None] == match[1]
-
-
-def _check_retrieval(query: Tensor, gallery: Tensor, match: Match) -> None:
-    for name, rows in (("query", query), ("gallery", gallery)):
-        if rows.dim() != 2 or 0 in rows.shape or not rows.is_floating_point():
-            raise ValueError(
-                f"match_rank: {name} must be floating-point [rows >= 1, D], got {tuple(rows.shape)} {rows.dtype}"
-            )
-        if not rows.isfinite().all():
-            raise ValueError(f"match_rank: {name} has a NaN or infinite value")
-    if query.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"match_rank: query and gallery must have one width, got {query.shape[1]} and {gallery.shape[1]}"
-        )
-    if isinstance(match, Tensor):
-        if match.shape != (len(query), len(gallery)) or match.dtype != torch.bool:
-            raise ValueError(
-                f"match_rank: match must be bool [{len(query)}, {len(gallery)}], got {match.dtype} {tuple(match.shape)}"
-            )
-    elif match[0].shape != (len(query),) or match[1].shape != (len(gallery),):
-        raise ValueError(
-            f"match_rank: ids must be [{len(query)}] and [{len(gallery)}], "
-            f"got {tuple(match[0].shape)} and {tuple(match[1].shape)}"
-        )
-
-
-def _per_query(name: str, uncertainty: Tensor, queries: int) -> Tensor:
+def _of_queries(uncertainty: Tensor, queries: int) -> Tensor:
     """[Q] or [Q, D] -> [Q] float64 on the CPU."""
     if uncertainty.dim() not in (1, 2) or len(uncertainty) != queries:
-        raise ValueError(f"{name}: uncertainty must be [{queries}] or [{queries}, D], got {tuple(uncertainty.shape)}")
-    scores = uncertainty.cpu().double()
-    scores = scores.mean(1) if scores.dim() == 2 else scores
+        got = tuple(uncertainty.shape)
+        raise ValueError(f"calibrate: uncertainty must be [{queries}] or [{queries}, D], got {got}")
+    scores = mean_uncertainty(uncertainty)
     if not scores.isfinite().all():
         bad = int((~scores.isfinite()).sum())
-        raise ValueError(f"{name}: uncertainty must be finite, {bad} of {queries} queries are not")
+        raise ValueError(f"calibrate: uncertainty must be finite, {bad} of {queries} queries are not")
     return scores
 
 
-def _average_rank(x: Tensor) -> Tensor:
-    """[n] -> [n] float64 ranks from 0, equal values sharing the mean of theirs."""
-    _, group, count = x.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0)
-    return (last - (count + 1) / 2).double()[group]
+def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
+    """How far confidence and accuracy are apart: of predictions with confidence [N] in [0, 1], right [N] or not.
 
+        sum over equal bins of confidence: share of the bin |accuracy - mean confidence|
 
-def _pearson(x: Tensor, y: Tensor) -> float:
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / scale if scale > 0 else math.nan
+    A bin is open below and closed above. Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    confidence = confidence.double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, right.double() - confidence)
+    return float(gap.abs().sum() / len(confidence))

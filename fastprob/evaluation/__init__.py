@@ -1,0 +1,1 @@
+"""How good predictions are, whatever predicts: retrieval, calibration, statistics, tables and figures."""

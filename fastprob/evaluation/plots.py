@@ -1,0 +1,33 @@
+"""Figures as PNG files, without pyplot's global state. They need matplotlib: `pip install fastprob[plot]`."""
+
+import os
+from pathlib import Path
+
+COLOURS = ("#1f6fb4", "#d1602f", "#3a8a4d", "#7b5aa6")
+_GREY = "#666666"
+
+
+def axes_of_figure(panels: int | None = None):
+    """An empty figure, and its axes: one, or a list of `panels` side by side."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'fastprob[plot]'") from error
+    size = (6.4, 4.0) if panels is None else (3.0 * panels, 3.2)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    every = [figure.subplots()] if panels is None else list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_GREY)
+        axes.tick_params(colors=_GREY)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, every[0] if panels is None else every
+
+
+def save_figure(figure, path: str | os.PathLike) -> Path:
+    """Write the figure as a PNG file; return its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+    return path
