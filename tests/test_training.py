@@ -236,7 +236,7 @@ def test_weights_that_become_nan_in_the_last_step_of_an_epoch_are_not_saved(tmp_
     def poison(self, image, text):
         loss = update(self, image, text)
         if self.epoch == 1 and self.step == 4:
-            self.model.text.mod[0].weight.data[0, 0] = torch.nan
+            self.model.text.after_dropout.weight.data[0, 0] = torch.nan
         return loss
 
     update = training._Run.update

@@ -29,6 +29,8 @@ EPS = 1e-4
 POSITIVE = {"relu": nn.ReLU, "softplus": nn.Softplus}
 """What keeps the 1/alpha and beta heads non-negative; "relu" is the released one."""
 
+DEFAULT_POSITIVE = "softplus"
+
 _START_AT_ONE = {"relu": 1.0, "softplus": math.log(math.expm1(1))}
 """Last bias of those heads, so that an untrained adapter predicts a unit Laplace. From PyTorch's biases near 0
 half of the ReLUs start dead: the first NLL was 1.6e5 a dimension and every trained sample had infinite variances."""
@@ -46,7 +48,7 @@ class GGDAdapter(nn.Module):
         dim: width D of the embedding.
         hidden: width H of the trunk's hidden layers; the heads' are D wide, as released.
         dropout: probability of the one dropout, in [0, 1).
-        positive: last activation of the 1/alpha and beta heads, "relu" (released) or "softplus". A ReLU
+        positive: last activation of the 1/alpha and beta heads, "softplus" or "relu" (released). A ReLU
             can end at exactly 0, where only `EPS` is left: such a dimension has a practically infinite
             variance. The released weights need "relu".
 
@@ -54,7 +56,7 @@ class GGDAdapter(nn.Module):
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = "relu"):
+    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = DEFAULT_POSITIVE):
         super().__init__()
         check_adapter("GGDAdapter", dim, hidden, dropout, positive)
         self.dim, self.hidden, self.dropout, self.positive = dim, hidden, dropout, positive
@@ -76,6 +78,16 @@ class GGDAdapter(nn.Module):
             raise ValueError(f"GGDAdapter: x must be [..., {self.dim}], got {tuple(x.shape)}")
         return self.heads(self.mod(x) + x)
 
+    @property
+    def before_dropout(self) -> nn.Sequential:
+        """The hidden layers, [..., D] -> h [..., H]."""
+        return self.mod[:-2]
+
+    @property
+    def after_dropout(self) -> nn.Linear:
+        """The linear layer W3, b3 from h, dropped or not, to the residual, [..., H] -> [..., D]."""
+        return self.mod[-1]
+
     def heads(self, features: Tensor) -> Parameters:
         """The three heads on the residual sum f, [..., D] -> three of [..., D]."""
         return self.block_mu(features), self.block_alpha(features), self.block_beta(features)
@@ -87,7 +99,7 @@ class GGDAdapter(nn.Module):
 class ProbVLM(nn.Module):
     """An adapter for image embeddings and one for text embeddings. Arguments as for `GGDAdapter`."""
 
-    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = "relu"):
+    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = DEFAULT_POSITIVE):
         super().__init__()
         check_adapter("ProbVLM", dim, hidden, dropout, positive)
         self.config = {"dim": dim, "hidden": hidden, "dropout": dropout, "positive": positive}
@@ -168,8 +180,8 @@ def _head(dim: int) -> nn.Sequential:
 
 
 def _positive_head(dim: int, positive: str) -> nn.Sequential:
-    head = _head(dim)
-    nn.init.constant_(head[2].bias, _START_AT_ONE[positive])
+    *_, last = head = _head(dim)
+    nn.init.constant_(last.bias, _START_AT_ONE[positive])
     return head.append(POSITIVE[positive]())
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import fastprob
-from fastprob.adapters.adapter import ProbVLM, check_adapter
+from fastprob.adapters.adapter import DEFAULT_POSITIVE, ProbVLM, check_adapter
 from fastprob.data.pairs import Paired, Pairs, check_paired
 from fastprob.training import Run, cosine, own_random_state, seed_all
 
@@ -53,7 +53,7 @@ class TrainConfig:
     form: str = "paper"
     hidden: int = 256
     dropout: float = 0.1
-    positive: str = "softplus"
+    positive: str = DEFAULT_POSITIVE
     seed: int = 0
 
     def __post_init__(self):

@@ -65,15 +65,16 @@ def predict(adapter: GGDAdapter, x: Tensor, *, passes: int = 0, seed: int = 0, b
         raise ValueError(f"predict: passes must be 0 or >= 2, got {passes}")
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be >= 1, got {batch_size}")
-    weight = adapter.mod[0].weight
+    weight = adapter.after_dropout.weight  # [D, H]
     masks = _masks(adapter, passes, seed)
-    fold = adapter.block_mu[0].weight @ adapter.mod[5].weight  # [D, H]
+    first, _, _ = adapter.block_mu
+    fold = first.weight @ weight  # [D, H]
     mu, aleatoric, epistemic = (torch.zeros(x.shape, dtype=weight.dtype, device=x.device) for _ in range(3))
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
         batch = x[rows].to(weight.device, weight.dtype)  # [B, D]
-        hidden = adapter.mod[:4](batch)  # [B, H], all before the dropout
-        mean, inv_alpha, beta = adapter.heads(adapter.mod[5](hidden) + batch)
+        hidden = adapter.before_dropout(batch)  # [B, H]
+        mean, inv_alpha, beta = adapter.heads(adapter.after_dropout(hidden) + batch)
         mu[rows] = mean
         aleatoric[rows] = fastprob.ggd_variance(inv_alpha + EPS, beta + EPS)
         if passes:
@@ -83,7 +84,7 @@ def predict(adapter: GGDAdapter, x: Tensor, *, passes: int = 0, seed: int = 0, b
 
 def _masks(adapter: GGDAdapter, passes: int, seed: int) -> Tensor:
     """[M, H]: 0 where a pass drops a hidden unit, 1 / (1 - p) where it keeps it."""
-    weight = adapter.mod[0].weight
+    weight = adapter.after_dropout.weight
     generator = torch.Generator(weight.device).manual_seed(seed)
     draws = torch.rand(passes, adapter.hidden, generator=generator, device=weight.device)
     return (draws >= adapter.dropout).to(weight.dtype) / (1 - adapter.dropout)
@@ -91,8 +92,8 @@ def _masks(adapter: GGDAdapter, passes: int, seed: int) -> Tensor:
 
 def _epistemic(adapter: GGDAdapter, fold: Tensor, x: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
     """Population variance of mu over the passes: fold [D, H], x [B, D], hidden [B, H], masks [M, H] -> [B, D]."""
-    first, last = adapter.block_mu[0], adapter.block_mu[2]
-    constant = F.linear(x + adapter.mod[5].bias, first.weight, first.bias)  # [B, D]
+    first, _, last = adapter.block_mu
+    constant = F.linear(x + adapter.after_dropout.bias, first.weight, first.bias)  # [B, D]
     centre = torch.relu(F.linear(hidden, fold) + constant)  # [B, D], without dropout
     shift = torch.zeros_like(x)  # [B, D], sum over the passes of what W_last maps to mu - its centre
     square = torch.zeros_like(x)  # [B, D], sum of its squares
