@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
+from baselines import BASELINES
 from measure import Case, Implementation, Result, measure
 from verify import all_backends, require_within_budget
 
 import fastprob
 from fastprob._op import OPS
-from fastprob.demo.eager import BASELINES
 
 SECONDS = {"cpu": 8.0, "cuda": 2.0}  # of all implementations of a case together
 DIRECTIONS = ("forward", "forward+backward")

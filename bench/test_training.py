@@ -6,11 +6,11 @@ import functools
 
 import pytest
 import torch
+from baselines import BASELINES
 from measure import Case, Implementation, Result, measure
 from verify import require_within_budget
 
 import fastprob
-from fastprob.demo.eager import BASELINES
 
 SECONDS = {"cpu": 15.0, "cuda": 5.0}  # of all implementations together
 DIM, HIDDEN = 512, 256  # of the released ViT-B/32 configuration

@@ -8,11 +8,11 @@ import pathlib
 
 import pytest
 import torch
+from baselines import BASELINES
 
 import fastprob
 from fastprob import _backends
 from fastprob._op import OPS
-from fastprob.demo.eager import BASELINES
 
 _spec = importlib.util.spec_from_file_location(
     "tests_conftest", pathlib.Path(__file__).parent.parent / "tests" / "conftest.py"

@@ -18,6 +18,7 @@ from fastprob.adapters import TrainConfig, fit
 from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.plots import axes_of_figure, save_figure
+from fastprob.evaluation.tables import markdown
 
 CROSS_WEIGHTS = (1e-4, 0.1, 1.0)  # the released default first
 SEEDS = (0, 1, 2)
@@ -25,8 +26,8 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting, its reports over the seeds."""
+class Setting:
+    """Heads, loss and cross weight of the adapters trained with them, one a seed, and the report on each."""
 
     positive: str
     form: str
@@ -34,25 +35,25 @@ class Row:
     reports: list[Report]
 
     @property
-    def spearman(self) -> float:
+    def ambiguity_spearman(self) -> float:
         """Between caption ambiguity and predicted text uncertainty, mean over the seeds."""
-        return statistics.mean(r.ambiguity_spearman or 0.0 for r in self.reports)
+        return statistics.mean(report.ambiguity_spearman for report in self.reports)
 
     @property
-    def s(self) -> tuple[float, float, float]:
-        """S of text -> image: mean, least and greatest over the seeds."""
-        values = [r.evaluation.text_to_image.spearman for r in self.reports]
-        return statistics.mean(values), min(values), max(values)
+    def spearmans(self) -> list[float]:
+        """S of text -> image, of each seed."""
+        return [report.evaluation.text_to_image.spearman for report in self.reports]
 
     @property
     def recall(self) -> list[float]:
         """Recall@1 of text -> image by level, most certain first, mean over the seeds."""
-        return [statistics.mean(level) for level in zip(*(r.evaluation.text_to_image.recall for r in self.reports))]
+        by_seed = [report.evaluation.text_to_image.recall for report in self.reports]
+        return [statistics.mean(of_level) for of_level in zip(*by_seed)]
 
 
 def cross_weight_study(
-    train: EmbeddingStore, test: EmbeddingStore, epochs: int = 40, heads: Iterable[tuple[str, str]] = ()
-) -> list[Row]:
+    train: EmbeddingStore, test: EmbeddingStore, heads: Iterable[tuple[str, str]], epochs: int
+) -> list[Setting]:
     """An adapter per head, weight and seed on `train`, evaluated on `test`. heads: (positive, form) pairs.
 
     As many at a time as there are threads, each on one: so small a model gains nothing from a second.
@@ -64,7 +65,7 @@ def cross_weight_study(
         for seed in SEEDS
     ]
     reports = each_on_a_thread(partial(_report, train.path, test.path), configs, "calibration by cross weight")
-    return [Row(*setting, reports[i * len(SEEDS) :][: len(SEEDS)]) for i, setting in enumerate(settings)]
+    return [Setting(*setting, reports[i * len(SEEDS) :][: len(SEEDS)]) for i, setting in enumerate(settings)]
 
 
 def each_on_a_thread(function: Callable[[T], R], settings: Sequence[T], description: str) -> list[R]:
@@ -79,28 +80,24 @@ def _report(train: Path, test: Path, config: TrainConfig) -> Report:
     return evaluate_store(model, EmbeddingStore(test), passes=0, seed=config.seed)
 
 
-def table(rows: list[Row]) -> str:
+def table(settings: Iterable[Setting]) -> str:
     """The study as a Markdown table."""
-    lines = [
-        "| heads | form | cross weight | Spearman with ambiguity | S (least to greatest) | recall@1 by level |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        mean, least, greatest = row.s
-        recall = " ".join(f"{value:.2f}" for value in row.recall)
-        lines.append(
-            f"| {row.positive} | {row.form} | {row.cross_weight:g} | {row.spearman:+.2f} "
-            f"| {mean:+.2f} ({least:+.2f} to {greatest:+.2f}) | {recall} |"
-        )
-    return "\n".join(lines)
+    header = "heads", "form", "cross weight", "Spearman with ambiguity", "S (least to greatest)", "recall@1 by level"
+    return markdown(header, map(_row, settings))
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Recall@1 by level of uncertainty, a line a cross weight, for the first heads of `rows`."""
+def _row(of: Setting) -> list[str]:
+    s = f"{statistics.mean(of.spearmans):+.2f} ({min(of.spearmans):+.2f} to {max(of.spearmans):+.2f})"
+    recall = " ".join(f"{share:.2f}" for share in of.recall)
+    return [of.positive, of.form, f"{of.cross_weight:g}", f"{of.ambiguity_spearman:+.2f}", s, recall]
+
+
+def draw(settings: Sequence[Setting], path: Path) -> None:
+    """Recall@1 by level of uncertainty, a line a cross weight, for the first heads of `settings`."""
     figure, axes = axes_of_figure()
-    for row in rows[: len(CROSS_WEIGHTS)]:
-        label = f"cross weight {row.cross_weight:g}: S = {row.s[0]:+.2f}"
-        axes.plot(range(1, 1 + len(row.recall)), row.recall, "o-", label=label)
+    for of in settings[: len(CROSS_WEIGHTS)]:
+        label = f"cross weight {of.cross_weight:g}: S = {statistics.mean(of.spearmans):+.2f}"
+        axes.plot(range(1, 1 + len(of.recall)), of.recall, "o-", label=label)
     axes.set(xlabel="level of predicted text uncertainty (1 = most certain)", ylabel="recall@1, text -> image")
     axes.set_title("The cross-modal terms carry the calibration")
     axes.legend(frameon=False)

@@ -7,8 +7,8 @@ from fastprob.evaluation.statistics import mean_std
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table of `rows` under `header`."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    head, *lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    return "\n".join([head, "|" + "---|" * len(header), *lines])
 
 
 def percent(shares: Iterable[float], sign: str = "") -> str:
