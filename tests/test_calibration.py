@@ -10,9 +10,10 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from fastprob.adapters import PairedEmbeddings, report
 from fastprob.evaluation import figures, retrieval
-from fastprob.evaluation.calibration import calibrate, evaluate, uncertainty_levels
+from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
 from fastprob.evaluation.retrieval import match_rank, recall_at_k
 from fastprob.evaluation.statistics import spearman
+from fastprob.evaluation.tables import markdown, percent
 
 
 def graded(levels=5, per_level=20):
@@ -135,6 +136,40 @@ def test_spearman_edges():
             spearman(x, y)
     with pytest.raises(ValueError, match="free of NaN"):
         spearman(torch.tensor([1.0, math.nan]), torch.ones(2))
+
+
+@pytest.mark.parametrize("bins", [4, 15])
+def test_bins_of_the_calibration_error_are_closed_above(bins):
+    """A prediction on an edge belongs to the bin below, where it makes up for one that errs the other way."""
+    edge = 1 / bins
+    confidence = torch.tensor([edge, edge / 2, edge * 3 / 2], dtype=torch.float64)
+    right = torch.tensor([True, False, False])
+    gap_of_first, gap_of_second = abs(1 - edge - edge / 2), edge * 3 / 2
+    assert expected_calibration_error(confidence, right, bins) == pytest.approx((gap_of_first + gap_of_second) / 3)
+    ends = torch.tensor([0.0, 1.0, 1.0])  # 0 is in the first bin, 1 in the last
+    assert expected_calibration_error(ends, torch.tensor([True, True, False]), bins) == pytest.approx((1 + 1) / 3)
+
+
+def test_calibration_error_against_bucketize():
+    generator = torch.Generator().manual_seed(0)
+    confidence, right = torch.rand(500, generator=generator), torch.rand(500, generator=generator) < 0.4
+    which = torch.bucketize(confidence.double(), torch.linspace(0, 1, 16, dtype=torch.float64)[1:-1])
+    groups = [which == number for number in range(15)]
+    gaps = [group.float().mean() * (right[group].float().mean() - confidence[group].mean()).abs() for group in groups]
+    assert expected_calibration_error(confidence, right) == pytest.approx(float(sum(gaps)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "sign", "text"),
+    [([], "", ""), ([0.5], "+", "+50.0"), ([0.25, 0.75], "", "50.0 ± 35.4"), ([-0.5, -0.25], "+", "-37.5 ± 17.7")],
+)
+def test_shares_in_percent(shares, sign, text):
+    assert percent(iter(shares), sign) == text
+
+
+def test_markdown_table():
+    table = markdown(("method", "shots"), [("coop", 1), ("vpt", "all")])
+    assert table == "| method | shots |\n|---|---|\n| coop | 1 |\n| vpt | all |"
 
 
 def paired():

@@ -21,7 +21,7 @@ from fastprob.data import digitscenes
 from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import EmbeddingStore, embed
 from fastprob.encoders import load_encoder
-from fastprob.evaluation.calibration import Calibration, Evaluation
+from fastprob.evaluation.calibration import Calibration, Evaluation, calibrate, uncertainty_levels
 from fastprob.evaluation.retrieval import recall_at_k
 from fastprob.evaluation.statistics import spearman
 
@@ -114,8 +114,17 @@ def test_report_says_what_the_library_says(capsys, tmp_path, stores, run):
         assert report[direction]["recall_at"]["5"] == recall
         assert len(report[direction]["recall"]) == 10
     assert report["match"] == "image" and report["source"]["dataset"] == SCENES["val"]
-    uncertainty = predict(adapter.text, store.text, passes=20).total.mean(1)
-    assert report["ambiguity_spearman"] == pytest.approx(spearman(scenes.matches().sum(1), uncertainty), abs=1e-9)
+    uncertainty = {
+        "image_to_text": predict(adapter.image, store.image, passes=20).total.mean(1),
+        "text_to_image": predict(adapter.text, store.text, passes=20).total.mean(1),
+    }
+    for direction, of_queries in uncertainty.items():
+        level = uncertainty_levels(of_queries, 10)
+        expected = [float(of_queries[level == k].double().mean()) for k in range(10)]
+        assert report[direction]["uncertainty"] == pytest.approx(expected, rel=1e-6)
+    expected = spearman(scenes.matches().sum(1), uncertainty["text_to_image"])
+    assert report["ambiguity_spearman"] == pytest.approx(expected, abs=1e-9)
+    assert (report["passes"], report["seed"]) == (20, 0)
     for text in ("image -> text", "text -> image", "recall@5", f"NLL {report['nll']:.4f}", "caption ambiguity"):
         assert text in printed
 
@@ -144,18 +153,26 @@ def test_undefined_correlation_is_null_in_json(tmp_path):
 
 def test_classes_decide_what_matches_where_there_are_labels(tmp_path, toy):
     encoder = load_encoder("toy-cli", pretrained=str(toy / "toy-cli-0.pt"))
-    dataset = toy_clip.Digits(60)
-    dataset.__class__ = type("Captioned", (toy_clip.Digits,), {"__getitem__": captioned})
-    store = embed(dataset, encoder, tmp_path / "store", progress=False)
-    report = evaluate_store(ProbVLM(toy_clip.DIM, 8), store, passes=0, levels=2)
-    classes = store.labels, store.labels[store.caption_image]
+    store = embed(Captioned(60), encoder, tmp_path / "store", progress=False)
+    model = ProbVLM(toy_clip.DIM, 8)
+    report = evaluate_store(model, store, passes=3, seed=5, levels=4)
     assert report.match == "class" and report.ambiguity is None
-    assert report.evaluation.image_to_text.recall_at[1] == recall_at_k(store.image, store.text, classes)
+    images, texts = store.labels, store.labels[store.caption_image]
+    assert len(images.bincount().unique()) > 1 and len(texts) == 120
+    for got, adapter, query, gallery, match in (
+        (report.evaluation.image_to_text, model.image, store.image, store.text, (images, texts)),
+        (report.evaluation.text_to_image, model.text, store.text, store.image, (texts, images)),
+    ):
+        uncertainty = predict(adapter, query, passes=3, seed=5).total.mean(1)
+        assert got == calibrate(query, gallery, uncertainty, match[0][:, None] == match[1], levels=4)
 
 
-def captioned(self, i):
-    picture, _ = toy_clip.Digits.__getitem__(self, i)
-    return picture, [f"number {i}"]
+class Captioned(toy_clip.Digits):
+    """Digits with one to three captions each, of which no two are equal."""
+
+    def __getitem__(self, i):
+        picture, _ = super().__getitem__(i)
+        return picture, [f"number {i}, {way}" for way in ("thin", "thick", "torn")[: 1 + i % 3]]
 
 
 def test_help_and_info_are_light():

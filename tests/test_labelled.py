@@ -103,6 +103,8 @@ def test_few_shot_draws_by_seed_from_every_class():
     assert pixels(drawn[1]) == pixels(data.few_shot(4, 1)) != pixels(drawn[2])
     assert all(image in pixels(drawn[1]) for image in pixels(data.few_shot(3, 1)))  # fewer are among more
     assert len(data.few_shot(0, 1)) == 22
+    places = [(which[:4], [i - 12 for i in which[6:]]) for which in ([p[0] for p in pixels(d)] for d in drawn.values())]
+    assert any(a != c for a, c in places)  # classes of one size are drawn from apart
     fingerprints = {drawn[1].fingerprint(), data.few_shot(4, 1).fingerprint(), drawn[2].fingerprint()}
     assert len(fingerprints) == 2
 

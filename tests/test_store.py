@@ -221,6 +221,14 @@ def test_resuming_with_another_encoder_names_the_difference(tmp_path, encoders):
     assert {name: (path / name).read_bytes() for name in FILES} == before
 
 
+def test_another_transform_is_another_source(copy, encoder):
+    """By its own description, also where a fingerprint does not tell."""
+    changed = Altered(encoder, preprocess=type(encoder.preprocess)(encoder.preprocess.transforms[:-1]))
+    assert changed.fingerprint() == encoder.fingerprint()
+    with pytest.raises(ValueError, match=r"another source: transform is 'Compose\(.*Normalize.* there, 'Compose\("):
+        write(copy, changed)
+
+
 def test_overwrite_replaces_a_store_of_another_source(copy, complete, encoders):
     encoder, other = encoders
     with pytest.raises(ValueError, match="another source: fingerprint"):

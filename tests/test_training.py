@@ -4,23 +4,25 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 import fastprob
-from fastprob.adapters import PairedEmbeddings, ProbVLM, TrainConfig, fit, nll, training
+from fastprob.adapters import GGDAdapter, PairedEmbeddings, ProbVLM, TrainConfig, fit, nll, training
 from fastprob.data.pairs import Pairs
 
 DIM = 8
 
 
-def pairs(images=22, captions=3, seed=0):
-    """Captions scatter around their image."""
+def pairs(images=22, seed=0):
+    """Captions scatter around their image: one, two, three or four of them, more of later images, in mixed order."""
     generator = torch.Generator().manual_seed(seed)
     image = normalize(torch.randn(images, DIM, generator=generator), dim=1)
-    owner = torch.arange(images).repeat(captions)
+    owner = torch.arange(images).repeat_interleave(1 + torch.arange(images) // 6)
+    owner = owner[torch.randperm(len(owner), generator=generator)]
     text = normalize(image[owner] + 0.2 * torch.randn(len(owner), DIM, generator=generator), dim=1)
     return PairedEmbeddings(image, text, owner)
 
@@ -64,6 +66,76 @@ def test_training_lowers_the_nll_and_records_it(tmp_path):
     assert written.pop("config")["epochs"] == 20 and written == history
     best = ProbVLM.load(tmp_path / "best.safetensors")
     assert nll(best, pairs(seed=1)) == pytest.approx(min(history["val_nll"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("interrupted_after", [None, 1, 2])
+def test_the_best_epoch_is_kept_though_scores_rise_again(tmp_path, monkeypatch, interrupted_after):
+    scores, states = [5.0, 3.0, 1.0, 2.0], []  # before training, then of every epoch
+
+    def scored(self):
+        states.append({name: weight.clone() for name, weight in self.model.state_dict().items()})
+        return scores[len(states) - 1]
+
+    monkeypatch.setattr(training._Run, "score_nll", scored)
+    if interrupted_after:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 5 * interrupted_after, lambda: os.kill(os.getpid(), signal.SIGINT))
+            run(tmp_path)
+    result = run(tmp_path, resume=interrupted_after is not None)
+    assert (result.nll_before, result.history["val_nll"], result.nll_after) == (5.0, [3.0, 1.0, 2.0], 2.0)
+    best = ProbVLM.load(tmp_path / "best.safetensors").state_dict()
+    assert all(weight.equal(states[2][name]) for name, weight in best.items())
+    assert not all(weight.equal(states[3][name]) for name, weight in best.items())
+
+
+def test_without_validation_the_epoch_of_least_training_loss_is_kept(tmp_path, monkeypatch):
+    losses = iter([3.0] * 5 + [1.0] * 5 + [2.0] * 5)
+    update, saved = training._Run.update, []
+    monkeypatch.setattr(training._Run, "update", lambda self, *batch: 0 * update(self, *batch) + next(losses))
+    monkeypatch.setattr(ProbVLM, "save", lambda self, path: saved.append(path.name))
+    assert run(tmp_path, validation=None).history["train_loss"] == [3.0, 1.0, 2.0]
+    assert saved == ["best.safetensors"] * 2
+
+
+def test_defaults_are_those_documented():
+    assert asdict(TrainConfig()) == {
+        "epochs": 100,
+        "batch_size": 256,
+        "lr": 1e-3,
+        "cross_weight": 1.0,
+        "l1_weight": 0.0,
+        "nll_weight": 1.0,
+        "form": "paper",
+        "hidden": 256,
+        "dropout": 0.1,
+        "positive": "softplus",
+        "seed": 0,
+    }
+    assert ProbVLM().config == {"dim": 512, "hidden": 256, "dropout": 0.1, "positive": "softplus"}
+    adapter = GGDAdapter()
+    assert (adapter.dim, adapter.hidden, adapter.dropout, adapter.positive) == (512, 256, 0.1, "softplus")
+
+
+def test_the_optimiser_is_adam_as_released(monkeypatch):
+    runs = []
+    monkeypatch.setattr(training._Run, "start", lambda self: runs.append(self))
+    monkeypatch.setattr(training._Run, "train_epoch", lambda self, *_: setattr(self, "epoch", self.epochs))
+    monkeypatch.setattr(training, "FitResult", lambda *_: None)
+    run()
+    (group,) = runs[0].optimizer.param_groups
+    assert isinstance(runs[0].optimizer, torch.optim.Adam)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-3, (0.9, 0.999), 1e-8, 0)
+    assert runs[0].options == {"cross_weight": 1.0, "l1_weight": 0.0, "nll_weight": 1.0, "form": "paper"}
+
+
+def test_every_loss_option_reaches_the_loss(monkeypatch):
+    options = {"cross_weight": 0.25, "l1_weight": 0.5, "nll_weight": 2.0, "form": "released"}
+    seen, loss = [], fastprob.probvlm_loss
+    monkeypatch.setattr(fastprob, "probvlm_loss", lambda *t, **o: (seen.append(o), loss(*t, **o))[1])
+    run(config=TrainConfig(**{**vars(CONFIG), **options, "epochs": 1}), validation=None)
+    trained = [used for used in seen if "l1_weight" in used]
+    assert trained == [options] * 5
+    assert all(used == {"cross_weight": 0.25, "form": "released"} for used in seen if "l1_weight" not in used)
 
 
 def test_nll_is_the_mean_over_all_captions(monkeypatch):
