@@ -214,7 +214,7 @@ class _Run(Run):
             self.history["nll_after"] = self.score_nll() if self.held_out is None else score
         if score < self.best:
             self.best = score
-            if self.directory is not None:
+            if self.writes:
                 self.model.save(self.directory / "best.safetensors")
 
     def score_nll(self) -> float:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastprob.training import seed_of
+from fastprob.training import seed_of, share
 
 _CHECK_ROWS = 65536
 """Rows read at a time by the check for NaN, so that a memory-mapped store is never copied whole."""
@@ -91,8 +91,8 @@ class Pairs:
     def epoch(self, seed: int, epoch: int, batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image once, in random order, each with one random caption of its own.
 
-        The order depends on (seed, epoch) alone; batches before `first` are left out. Yields
-        (image [B, D], text [B, D]) in float32.
+        The order depends on (seed, epoch) alone; batches before `first` are left out. Yields this rank's share
+        of each, (image [B, D], text [B, D]) in float32.
         """
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         image = torch.randperm(self.images, generator=generator)  # [N]
@@ -100,8 +100,8 @@ class Pairs:
         caption = self._by_image[self._start + draw][image]  # [N]
         image, caption = image.to(self._image.device), caption.to(self._text.device)
         for start in range(first * batch_size, self.images, batch_size):
-            rows = slice(start, start + batch_size)
-            yield self._float32(self._image[image[rows]]), self._float32(self._text[caption[rows]])
+            batch = slice(start, start + batch_size)
+            yield self._float32(self._image[share(image[batch])]), self._float32(self._text[share(caption[batch])])
 
     def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Every image once and every caption once: (image [B, D], text [C, D], owner [C]).

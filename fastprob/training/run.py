@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastprob._files import write_atomically
+from fastprob.training.distributed import average, on_any, rank
 from fastprob.training.random import random_state, set_random_state
 
 LAST = "last.pt"  # what a run resumes from
@@ -28,10 +29,11 @@ class Run:
 
     A subclass says `batches`, `loss`, `identity` and, if something else is to happen, `start` and `epoch_ended`. Its
     directory (None: nothing is written) holds last.pt, what a run resumes from, and history.json: the loss of every
-    step and epoch, and what the subclass adds; each is replaced in one step.
+    step and epoch, and what the subclass adds; each is replaced in one step, by rank 0 alone.
 
     format: of last.pt; model, optimizer: what trains, at the optimiser's learning rate times rate(step); epochs, steps:
-    of the run and of an epoch; scaler: of a loss in float16.
+    of the run and of an epoch; scaler: of a loss in float16; extras: modules that change without a gradient, such as an
+    average of the weights or a queue of embeddings, by name.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Run:
         steps: int,
         directory: Path | None,
         scaler: torch.amp.GradScaler | None = None,
+        extras: Mapping[str, nn.Module] | None = None,
     ):
         self.format, self.model, self.optimizer, self.directory = format, model, optimizer, directory
+        self.extras = dict(extras or {})
         self.epochs, self.steps = epochs, steps
         self.device = next(model.parameters()).device
         self.lr = optimizer.param_groups[0]["lr"]
@@ -57,8 +61,13 @@ class Run:
         self.best = math.inf
         self.history: dict[str, Any] = {"step_loss": [], "train_loss": []}
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.directory is not None and rank() == 0
+
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of epoch `self.epoch` from step `self.step` on."""
+        """The batches of epoch `self.epoch` from step `self.step` on, this rank's `share` of each."""
         raise NotImplementedError
 
     def loss(self, *batch: Tensor) -> Tensor:
@@ -94,12 +103,12 @@ class Run:
             bar.update()
             if self.step % _REPORT_EVERY == 0:
                 bar.set_postfix(epoch=self.epoch, loss=f"{self.check_finite()[-1]:.4f}", refresh=False)
-            if interrupted.is_set() and self.step < self.steps:
+            if self.step < self.steps and on_any(interrupted.is_set(), self.device):
                 self.check_finite()
                 self.save()
                 raise KeyboardInterrupt
         self.end_epoch()
-        if interrupted.is_set():
+        if on_any(interrupted.is_set(), self.device):
             raise KeyboardInterrupt
 
     def update(self, *batch: Tensor) -> Tensor:
@@ -109,6 +118,7 @@ class Run:
         loss = self.loss(*batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        average(parameter.grad for parameter in self.model.parameters() if parameter.grad is not None)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
@@ -124,7 +134,9 @@ class Run:
 
     def check_finite(self) -> list[float]:
         """The losses of this epoch so far. Raises FloatingPointError if one, or a weight, is not finite."""
-        losses = self.losses[: self.step].tolist()
+        losses = self.losses[: self.step].clone()
+        average([losses])
+        losses = losses.tolist()
         bad = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
         what = "weights" if bad is None else f"loss ({losses[bad]})"
         if bad is not None or not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
@@ -137,7 +149,7 @@ class Run:
         return losses
 
     def save(self) -> None:
-        if self.directory is None:
+        if not self.writes:
             return
         state = {
             "format": self.format,
@@ -150,6 +162,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "extras": {name: module.state_dict() for name, module in self.extras.items()},
             "random": random_state(self.device),
         }
         write_atomically(self.directory / LAST, lambda path: torch.save(state, path))
@@ -176,6 +189,8 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        for name, module in self.extras.items():
+            module.load_state_dict(state["extras"][name])
         set_random_state(self.device, state["random"])
 
 

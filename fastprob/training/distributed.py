@@ -1,0 +1,50 @@
+"""The processes that train together, as torchrun starts them; without torch.distributed one process, of rank 0.
+
+Every rank has the same weights, draws the same random numbers and takes its share of each batch; gradients are averaged
+before a step. So a run's steps, and what resumes from them, do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def share(rows: Tensor) -> Tensor:
+    """This rank's rows of a batch [B]: as many as any rank's, so the first ones stand twice where B does not divide."""
+    if ranks() == 1:
+        return rows
+    each = -(-len(rows) // ranks())
+    return rows[torch.arange(rank(), each * ranks(), ranks(), device=rows.device) % len(rows)]
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Put the mean over the ranks into each tensor's place."""
+    if ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= ranks()
+
+
+def on_any(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank."""
+    if ranks() == 1:
+        return flag
+    share_of_ranks = torch.tensor(float(flag), device=device)
+    average([share_of_ranks])
+    return bool(share_of_ranks)
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
