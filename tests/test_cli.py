@@ -14,7 +14,7 @@ import pytest
 import torch
 import toy_clip
 
-from fastprob import cli
+import fastprob_cli as cli
 from fastprob.adapters import ProbVLM, nll, predict
 from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data import digitscenes
@@ -175,20 +175,41 @@ class Captioned(toy_clip.Digits):
         return picture, [f"number {i}, {way}" for way in ("thin", "thick", "torn")[: 1 + i % 3]]
 
 
-def test_help_and_info_are_light():
-    """Neither waits for open_clip, scikit-learn or matplotlib."""
+SLOW = {"torch", "numpy", "open_clip", "sklearn", "matplotlib"}
+
+
+def imported_by(*argv):
+    """What the command printed, its exit code and which slow modules it imported, in a process of its own."""
     code = (
-        "import sys; from fastprob.cli import main\n"
-        "assert main(['info']) == 0\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "print(sorted({'open_clip', 'sklearn', 'matplotlib'} & set(sys.modules)))"
+        "import sys; from fastprob_cli import main\n"
+        "try: code = main()\n"
+        "except SystemExit as stop: code = stop.code\n"
+        f"print(code, *sorted({SLOW} & set(sys.modules)))"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.splitlines()[-1] == "[]"
-    assert "probvlm_loss" in output
+    ran = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    *output, last = ran.stdout.splitlines()
+    code, *modules = last.split()
+    return "\n".join(output) + ran.stderr, int(code), modules
+
+
+def test_help_and_mistyped_options_wait_for_nothing():
+    output, code, modules = imported_by("--help")
+    assert (code, modules) == (0, [])
     for command in {name.split()[0] for name in cli.COMMANDS}:
         assert f"\n    {command} " in output
+    for argv, message in (
+        (["eval", "--help"], "--checkpoint"),
+        (["embed", "--modle", "tiny"], "the following arguments are required: --data, --out"),
+        (["demo", "probvln"], "invalid choice: 'probvln'"),
+        (["prompt"], "the following arguments are required: command"),
+    ):
+        output, code, modules = imported_by(*argv)
+        assert message in output and (code, modules) == (0 if "--help" in argv else 2, [])
+
+
+def test_info_waits_for_torch_alone():
+    output, code, modules = imported_by("info")
+    assert code == 0 and "probvlm_loss" in output and set(modules) <= {"numpy", "torch"}
 
 
 def test_module_is_the_command():
@@ -315,7 +336,7 @@ def assert_same_store(path, other):
 SLOWLY = f"""
 import os, signal, sys, time
 import open_clip, torch
-from fastprob.cli import main
+from fastprob_cli import main
 from fastprob.data import digitscenes
 
 def slow(function, seconds):

@@ -2,6 +2,9 @@
 
 A user's mistake (a missing file, an unknown model, sizes that don't fit) prints one line and exits with 2; Ctrl-C
 prints how to resume and exits with 130. Option names follow open_clip's.
+
+It is a package of its own because `import fastprob` waits for torch, seconds that help and a mistyped option need not
+take: a command imports what it needs when it runs (`fit` and `prompt fit` for their options too).
 """
 
 import argparse
@@ -9,12 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from fastprob_cli import probvlm, prompt
+from fastprob_cli._command import Command
 
-from fastprob.cli import probvlm, prompt
-from fastprob.cli._command import Command
-
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def no_options(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = f": {COMMANDS[name].resume}" if name in COMMANDS else ""
         print(f"\nfastprob {name}: interrupted{resume}", file=sys.stderr)
         return 130
-    except USER_ERRORS as error:
+    except Exception as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, of which there is perhaps no import
+        if not isinstance(error, USER_ERRORS) and not out_of_memory:
+            raise
         print(f"fastprob {name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def _parser(called: str) -> argparse.ArgumentParser:
-    """Only the command that is called gets its options: those of fit come from a module that takes long to import."""
+    """Only the command that is called gets its options: some come from modules that take long to import."""
     parser = argparse.ArgumentParser(
         prog="fastprob",
         description="Uncertainty for frozen vision-language encoders (embed, fit, eval) and few-shot prompt tuning",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
+from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from fastprob.adapters import ProbVLM

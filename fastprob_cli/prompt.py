@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
+from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
 
 if TYPE_CHECKING:
     from fastprob.prompts import PromptConfig
