@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Container, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from fastprob.encoders import Encoder
@@ -51,6 +53,15 @@ def load_encoder_of(args: argparse.Namespace) -> Encoder:
         return load_encoder(args.model, pretrained=args.pretrained, device=device)
     except RuntimeError as error:  # open_clip's, of weights that it can't download
         raise ValueError(f"--model {args.model}: {error}") from error
+
+
+def write_report(report: Any, directory: Path, command: str) -> None:
+    """Save a report and draw its figures, or say on stderr that there are none without matplotlib."""
+    report.save(directory)
+    try:
+        report.draw(directory)
+    except ImportError as error:
+        print(f"fastprob {command}: no figures: {error}", file=sys.stderr)
 
 
 def device_of(name: str | None) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
+from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from fastprob.adapters import ProbVLM
@@ -111,11 +110,7 @@ def evaluate(args: argparse.Namespace) -> None:
     report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
-        report.save(args.out)
-        try:
-            report.draw(args.out)
-        except ImportError as error:
-            print(f"fastprob eval: no figures: {error}", file=sys.stderr)
+        write_report(report, args.out, "eval")
 
 
 def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:

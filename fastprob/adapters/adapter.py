@@ -17,11 +17,9 @@ import os
 from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from fastprob._files import write_atomically
+from fastprob._files import read_tensors, write_tensors
 
 EPS = 1e-4
 """Added to 1/alpha and to beta before either is used, in the losses and in the uncertainty alike."""
@@ -111,10 +109,8 @@ class ProbVLM(nn.Module):
         return self.image(image), self.text(text)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write weights and config to one safetensors file; readers see the old file or the new one."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        data = to_safetensors(tensors, {"format": _FORMAT, "config": json.dumps(self.config)})
-        write_atomically(path, data)
+        """Write weights and config to one safetensors file, in one step."""
+        write_tensors(path, self.state_dict(), {"format": _FORMAT, "config": json.dumps(self.config)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ProbVLM":
@@ -124,12 +120,7 @@ class ProbVLM(nn.Module):
             FileNotFoundError: no such file.
             ValueError: not a file written by `save`.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"ProbVLM.load: {path} must be a safetensors file: {error}") from error
+        tensors, metadata = read_tensors("ProbVLM.load", path)
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"ProbVLM.load: {path} must have format {_FORMAT!r}, got {metadata.get('format')!r}")
         return cls._from_state(json.loads(metadata["config"]), tensors, f"ProbVLM.load: {path}")

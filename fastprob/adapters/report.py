@@ -113,7 +113,7 @@ def evaluate_store(
 
 
 def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
-    """Loss of every step and of every epoch, and the validation NLL, from `fit`'s history.
+    """Draw the loss of every step and of every epoch, and the validation NLL, from `fit`'s history.
 
     Args:
         history: `FitResult.history` or the content of history.json, of at least one epoch.
@@ -140,7 +140,7 @@ def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
 
 
 def _total_uncertainty(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> Tensor:
-    """[R, D] -> [R] mean over D of the total uncertainty. A row's result does not depend on its block."""
+    """Predict in blocks, of which no row's result depends: [R, D] -> [R] mean over D of the total uncertainty."""
     blocks = rows.split(_PREDICT_ROWS)
     return torch.cat([predict(adapter, block, passes=passes, seed=seed).total.mean(1) for block in blocks])
 

@@ -20,7 +20,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -136,7 +135,7 @@ def fit(
     train = Pairs(data, device)
     held_out = None if validation is None else Pairs(validation, device)
     with own_random_state(device):
-        run = _Run(config, train, held_out, Path(directory) if directory is not None else None)
+        run = _Run(config, train, held_out, directory)
         run.train(resume=resume, progress=progress)
     return FitResult(run.model.eval(), run.history)
 
@@ -177,7 +176,7 @@ def _nll(model: ProbVLM, pairs: Pairs, cross_weight: float, form: str) -> float:
 class _Run(Run):
     """Training of the two adapters on pairs."""
 
-    def __init__(self, config: TrainConfig, train: Pairs, held_out: Pairs | None, directory: Path | None):
+    def __init__(self, config: TrainConfig, train: Pairs, held_out: Pairs | None, directory: str | os.PathLike | None):
         seed_all(config.seed, train.device)
         model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive).to(train.device)
         steps = math.ceil(train.images / config.batch_size)

@@ -1,8 +1,10 @@
-"""Image files as RGB."""
+"""Image files as RGB, and how the transform that follows is told from others."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -23,3 +25,8 @@ def open_rgb(path: str | os.PathLike) -> Image.Image:
             return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"open_rgb: {os.fspath(path)}: {error}") from error
+
+
+def described(transform: Callable) -> str:
+    """The transform's own description, without the addresses that functions print: equal for equal transforms."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))

@@ -89,10 +89,10 @@ class Pairs:
         self._text = data.text.to(device) if resident else data.text
 
     def epoch(self, seed: int, epoch: int, batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in random order, each with one random caption of its own.
+        """Yield every image once, in random order, each with one random caption of its own.
 
-        The order depends on (seed, epoch) alone; batches before `first` are left out. Yields this rank's share
-        of each, (image [B, D], text [B, D]) in float32.
+        The order depends on (seed, epoch) alone; batches before `first` are left out. Of each batch come this
+        rank's share, image [B, D] and text [B, D], in float32.
         """
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         image = torch.randperm(self.images, generator=generator)  # [N]
@@ -104,7 +104,7 @@ class Pairs:
             yield self._float32(self._image[share(image[batch])]), self._float32(self._text[share(caption[batch])])
 
     def blocks(self, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every image once and every caption once: (image [B, D], text [C, D], owner [C]).
+        """Yield every image once and every caption once: (image [B, D], text [C, D], owner [C]).
 
         `owner` says which of the B images each caption describes.
         """

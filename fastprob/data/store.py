@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastprob.data import store_format as on_disk
+from fastprob.data.images import described
 from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, TEXT
 
 
@@ -264,14 +264,13 @@ def _json_line(value: Any) -> str:
 
 def _source(dataset: Any, encoder: Any) -> dict[str, Any]:
     """What the stored numbers depend on, and where the weights came from."""
-    transform = re.sub(r" at 0x[0-9a-f]+", "", repr(encoder.preprocess))  # functions print their address
     return {
         "dataset": dataset.name,
         "images": len(dataset),
         "model": encoder.name,
         "pretrained": None if encoder.pretrained is None else str(encoder.pretrained),
         "fingerprint": encoder.fingerprint(),
-        "transform": transform,
+        "transform": described(encoder.preprocess),
         "dim": int(encoder.dim),
     }
 

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastprob.data.images import described
 from fastprob.encoders import tiny
 
 
@@ -53,7 +53,7 @@ class Encoder:
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
             digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(self.preprocess)).encode())  # functions print an address
+        digest.update(described(self.preprocess).encode())
         return digest.hexdigest()
 
 

@@ -9,7 +9,6 @@ DigitScenes, in about six minutes of one core:
 
 import gzip
 import json
-import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastprob.data.digitscenes import EMPTY, LEVELS, PLACES, Caption, DigitScenes
+from fastprob.training import cosine, own_random_state, seed_all
 
 NAME = "digitscenes-tiny"  # the model's name for open_clip
 TAG = "digitscenes"  # stands for the shipped weights, as a `pretrained` tag
@@ -89,8 +89,8 @@ def train(recipe: Recipe = RECIPE, progress: bool = True) -> dict[str, Tensor]:
     encoded once.
     """
     register()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with own_random_state(torch.device("cpu")):
+        seed_all(recipe.seed, torch.device("cpu"))
         return _train(recipe, progress)
 
 
@@ -208,7 +208,7 @@ def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _lr_share(done: float, warmup: float) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+    return done / warmup if done < warmup else cosine((done - warmup) / (1 - warmup))
 
 
 # ------------------------------------------------------------------------------------------- the vocabulary

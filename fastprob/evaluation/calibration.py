@@ -140,7 +140,7 @@ def calibrate(query: Tensor, gallery: Tensor, uncertainty: Tensor, match: Match,
 
 
 def uncertainty_levels(uncertainty: Tensor, levels: int) -> Tensor:
-    """[Q] -> [Q] int64, the level 0..K-1 of each: sizes differ by at most one, ties keep their order."""
+    """Sort into levels 0..K-1 of equal count, to within one; ties keep their order: [Q] -> [Q] int64."""
     order = uncertainty.argsort(stable=True)
     level = torch.empty_like(order)
     level[order] = torch.arange(len(order), device=order.device) * levels // len(order)
@@ -148,13 +148,13 @@ def uncertainty_levels(uncertainty: Tensor, levels: int) -> Tensor:
 
 
 def mean_uncertainty(uncertainty: Tensor) -> Tensor:
-    """[N], or [N, D] of which the mean over D counts -> [N] float64 on the CPU."""
+    """Take the mean over D where there is one: [N] or [N, D] -> [N] float64 on the CPU."""
     of_rows = uncertainty.cpu().double()
     return of_rows.mean(1) if of_rows.dim() == 2 else of_rows
 
 
 def _of_queries(uncertainty: Tensor, queries: int) -> Tensor:
-    """[Q] or [Q, D] -> [Q] float64 on the CPU."""
+    """Check the uncertainty of the queries: [Q] or [Q, D] -> [Q] float64 on the CPU."""
     if uncertainty.dim() not in (1, 2) or len(uncertainty) != queries:
         got = tuple(uncertainty.shape)
         raise ValueError(f"calibrate: uncertainty must be [{queries}] or [{queries}, D], got {got}")

@@ -13,7 +13,7 @@ from fastprob.evaluation.statistics import spearman
 
 
 def recall_by_level(results: Mapping[str, Calibration], path: str | os.PathLike) -> Path:
-    """Recall@1 against the level of uncertainty, a line a result, with its straight-line fit.
+    """Draw recall@1 against the level of uncertainty, a line a result, with its straight-line fit.
 
     Args:
         results: name shown in the legend -> calibration.
@@ -39,7 +39,7 @@ def recall_by_level(results: Mapping[str, Calibration], path: str | os.PathLike)
 
 
 def uncertainty_by_ambiguity(ambiguity: Tensor, uncertainty: Tensor, path: str | os.PathLike) -> Path:
-    """Uncertainty of captions against how many images each of them fits, with the medians.
+    """Draw the uncertainty of captions against how many images each of them fits, with the medians.
 
     Args:
         ambiguity: number of images that each caption fits, [M], at least 1.

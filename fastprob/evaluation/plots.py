@@ -1,4 +1,4 @@
-"""Figures as PNG files, without pyplot's global state. They need matplotlib: `pip install fastprob[plot]`."""
+"""Empty figures in one style, and how they are written, without pyplot's global state."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ _GREY = "#666666"
 
 
 def axes_of_figure(panels: int | None = None):
-    """An empty figure, and its axes: one, or a list of `panels` side by side."""
+    """Make an empty figure and its axes: one, or a list of `panels`. Raises ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -14,15 +14,17 @@ from torch import Tensor
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if _together() else 0
 
 
 def ranks() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if _together() else 1
 
 
 def share(rows: Tensor) -> Tensor:
-    """This rank's rows of a batch [B]: as many as any rank's, so the first ones stand twice where B does not divide."""
+    """Deal a batch [B] out; return this rank's rows. All get as many: where B does not divide, the first rows go twice."""
     if ranks() == 1:
         return rows
     each = -(-len(rows) // ranks())
@@ -30,7 +32,7 @@ def share(rows: Tensor) -> Tensor:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Put the mean over the ranks into each tensor's place."""
+    """Replace each tensor by its mean over the ranks."""
     if ranks() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)

@@ -1,4 +1,4 @@
-"""Random numbers of a training: seeds, and generators that are restored."""
+"""Seeds and random states of a training."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def seed_of(*words: int) -> int:
 
 @contextmanager
 def own_random_state(device: torch.device) -> Iterator[None]:
+    """Give the caller's random state back at the end of the block, whatever was drawn or seeded in it."""
     state = random_state(device)
     try:
         yield
@@ -33,6 +34,7 @@ def own_random_state(device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators of the CPU and of `device`."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -40,6 +42,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:  # not in a run that began on the CPU
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -45,11 +46,12 @@ class Run:
         rate: Callable[[int], float],
         epochs: int,
         steps: int,
-        directory: Path | None,
+        directory: str | os.PathLike | None,
         scaler: torch.amp.GradScaler | None = None,
         extras: Mapping[str, nn.Module] | None = None,
     ):
-        self.format, self.model, self.optimizer, self.directory = format, model, optimizer, directory
+        self.format, self.model, self.optimizer = format, model, optimizer
+        self.directory = None if directory is None else Path(directory)
         self.extras = dict(extras or {})
         self.epochs, self.steps = epochs, steps
         self.device = next(model.parameters()).device
@@ -71,6 +73,7 @@ class Run:
         raise NotImplementedError
 
     def loss(self, *batch: Tensor) -> Tensor:
+        """The loss of a batch, a scalar that gradients flow from."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -78,14 +81,14 @@ class Run:
         raise NotImplementedError
 
     def start(self) -> None:
-        """Before the first step."""
+        """Called before the first step."""
         self.save()
 
     def epoch_ended(self, train_loss: float) -> None:
-        """After the last step of an epoch, before the run is saved."""
+        """Called after the last step of an epoch, before the run is saved."""
 
     def train(self, *, resume: bool, progress: bool) -> None:
-        """All epochs, or those that are left; KeyboardInterrupt after Ctrl-C, between two steps."""
+        """Take all steps, or those that are left. Raises KeyboardInterrupt after Ctrl-C, between two of them."""
         if resume:
             self.load()
         else:
@@ -97,6 +100,7 @@ class Run:
                 self.train_epoch(bar, interrupted)
 
     def train_epoch(self, bar: tqdm, interrupted: threading.Event) -> None:
+        """Take the steps that are left of this epoch."""
         for batch in self.batches():
             self.losses[self.step] = self.update(*batch)
             self.step += 1
@@ -112,7 +116,7 @@ class Run:
             raise KeyboardInterrupt
 
     def update(self, *batch: Tensor) -> Tensor:
-        """One step of the optimiser on a batch; the loss stays on the device."""
+        """Take one step of the optimiser on a batch; return its loss, which stays on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.rate(self.epoch * self.steps + self.step)
         loss = self.loss(*batch)
@@ -124,6 +128,7 @@ class Run:
         return loss.detach()
 
     def end_epoch(self) -> None:
+        """Record the epoch's losses and save the run."""
         losses = self.check_finite()
         mean = sum(losses) / len(losses)
         self.history["step_loss"] += losses
@@ -133,7 +138,7 @@ class Run:
         self.save()
 
     def check_finite(self) -> list[float]:
-        """The losses of this epoch so far. Raises FloatingPointError if one, or a weight, is not finite."""
+        """Return the losses of this epoch so far. Raises FloatingPointError if one, or a weight, is not finite."""
         losses = self.losses[: self.step].clone()
         average([losses])
         losses = losses.tolist()
@@ -149,6 +154,7 @@ class Run:
         return losses
 
     def save(self) -> None:
+        """Write last.pt and history.json, each in one step."""
         if not self.writes:
             return
         state = {
@@ -170,6 +176,7 @@ class Run:
         write_atomically(self.directory / "history.json", history)
 
     def load(self) -> None:
+        """Restore what `save` wrote. Raises FileNotFoundError, or ValueError naming what differs from this run."""
         path = self.directory / LAST
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -195,13 +202,13 @@ class Run:
 
 
 def cosine(share: float) -> float:
-    """From 1 to 0 as `share` goes from 0 to 1."""
+    """Half a cosine wave, from 1 to 0 as `share` goes from 0 to 1."""
     return (1 + math.cos(math.pi * share)) / 2
 
 
 @contextmanager
 def interrupt_between_steps() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event that is yielded, so that no step is cut in half; a second one raises as usual."""
+    """Let Ctrl-C set the event that is yielded, so that no step is cut in half; a second one raises as usual."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield interrupted
