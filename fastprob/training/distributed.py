@@ -24,7 +24,7 @@ def ranks() -> int:
 
 
 def share(rows: Tensor) -> Tensor:
-    """Deal a batch [B] out; return this rank's rows. All get as many: where B does not divide, the first rows go twice."""
+    """Deal a batch [B] out: this rank's rows. All get as many; where B does not divide, the first ones go twice."""
     if ranks() == 1:
         return rows
     each = -(-len(rows) // ranks())
