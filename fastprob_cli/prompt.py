@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of
+from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
 
 if TYPE_CHECKING:
     from fastprob.prompts import PromptConfig
@@ -33,10 +32,10 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fit(args: argparse.Namespace) -> None:
-    from fastprob._training import LAST
     from fastprob.data.labelled import open_splits
     from fastprob.prompts import fit
     from fastprob.prompts.training import CHECKPOINT
+    from fastprob.training import LAST
 
     configs = _configs(args)
     runs = {args.out / config.directory: config for config in configs}
@@ -86,11 +85,7 @@ def evaluate(args: argparse.Namespace) -> None:
     report = evaluate_runs(args.runs, splits, **options)
     print(report.table())
     if args.out is not None:
-        report.save(args.out)
-        try:
-            report.draw(args.out)
-        except ImportError as error:
-            print(f"fastprob prompt eval: no figures: {error}", file=sys.stderr)
+        write_report(report, args.out, "prompt eval")
 
 
 def predict_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import statistics
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 import torch
 
 import fastprob
-from fastprob._training import LAST, write_atomically
+from fastprob._files import write_atomically
 from fastprob.data.labelled import open_splits
 from fastprob.demo.study import each_on_a_thread
 from fastprob.encoders import load_encoder
+from fastprob.evaluation.tables import markdown, percent
 from fastprob.prompts import PromptConfig, fit
 from fastprob.prompts.report import Report, evaluate_runs
+from fastprob.training import LAST
 
 SHIFTS = ("thickened", "rotated", "inverted")
 SHOTS, SEEDS = (1, 2, 4, 8, 16), (1, 2, 3)
@@ -59,7 +60,7 @@ def run(
         report.save(out / shift)
         report.draw(out / shift)
     text = _report(reports, epochs, len(seeds))
-    write_atomically(out / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(out / "report.md", text)
     print(f"\n{text}\nWritten to {out / 'report.md'}")
 
 
@@ -104,21 +105,13 @@ def _report(reports: dict[str, Report], epochs: int, seeds: int) -> str:
         ]
         figures = "accuracy_by_shots", "class_embeddings", "class_distances"
         parts += [f"![{name}]({shift}/{name}.png)" for name in figures]
-    lines = ["| method | shift | shots | gain |", "|---|---|---|---|"]
-    totals = []
+    rows, totals = [], []
     for method in (name for name in METHODS if name.startswith("dapt")):
         by_shots = {(shift, k): of for shift, each in reports.items() for k, of in gains(each, method).items()}
-        lines += [
-            f"| {method} | {shift} | {shots} | {_points(values)} |" for (shift, shots), values in by_shots.items()
-        ]
-        totals.append(f"{method}: {_points([value for values in by_shots.values() for value in values])}")
+        rows += [(method, shift, shots, percent(values, "+")) for (shift, shots), values in by_shots.items()]
+        totals.append(f"{method}: {percent([value for values in by_shots.values() for value in values], '+')}")
     parts.append(
         "## What DAPT's two dispersion terms add to CoOp + VPT\n\n"
         "Percentage points, paired by seed, mean ± standard deviation. Over all shifts and shots, " + ", ".join(totals)
     )
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
-
-
-def _points(values: list[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):+.1f}{spread}"
+    return "\n\n".join([*parts, markdown(("method", "shift", "shots", "gain"), rows)]) + "\n"

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from fastprob._training import write_atomically
+from fastprob._files import read_tensors, write_tensors
 from fastprob.data.labelled import CLASSES, TEMPLATE
 from fastprob.encoders import Encoder, load_encoder
 from fastprob.prompts.methods import DAPT, VPT, CoCoOp, CoOp
@@ -170,8 +168,7 @@ class Tuned:
         encoder["fingerprint"] = self.encoder.fingerprint()
         about = {"config": asdict(self.config), "classnames": self.classnames, "encoder": encoder}
         metadata = {_FORMAT: json.dumps(about)}  # one entry: safetensors writes several in random order
-        data = to_safetensors({k: v.contiguous() for k, v in self.method.state_dict().items()}, metadata)
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+        write_tensors(path, self.method.state_dict(), metadata)
 
     @staticmethod
     def load(
@@ -186,12 +183,7 @@ class Tuned:
         fingerprint: `encoder.fingerprint()`, for who loads many files and need not read all weights for each. Raises
         ValueError for another file and for another encoder.
         """
-        try:
-            with safe_open(Path(path), "pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"Tuned: {path} must be a safetensors file: {error}") from error
+        weights, metadata = read_tensors("Tuned", path)
         if _FORMAT not in metadata:
             raise ValueError(f"Tuned: {path} must be of format {_FORMAT!r}, got {sorted(metadata)}")
         about = json.loads(metadata[_FORMAT])

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprob.evaluation.calibration import expected_calibration_error
 from fastprob.prompts.config import Tuned, autocast, class_embeddings
 from fastprob.prompts.inputs import Inputs
 from fastprob.prompts.methods import CoCoOp
 
-BINS = 15
 _PROMPTS = 4096
 """Prompts that CoCoOp encodes at once: images of a batch times classes."""
 
@@ -28,21 +28,18 @@ class Scores:
 def scores(probabilities: Tensor, labels: Tensor) -> Scores:
     """Accuracy, macro-F1 and ECE of probabilities [N, C] for labels [N].
 
-        F1_c = 2 tp_c / (2 tp_c + fp_c + fn_c), for every class that occurs or is predicted
-        ECE = sum over 15 equal bins of confidence: share of the bin |accuracy - mean confidence|
-
-    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, for the ECE.
+    F1_c = 2 tp_c / (2 tp_c + fp_c + fn_c), for every class that occurs or is predicted
+    ECE as in `expected_calibration_error`
     """
     probabilities, labels = probabilities.double().cpu(), labels.cpu()
-    count, classes = probabilities.shape
+    classes = probabilities.shape[1]
     confidence, predicted = probabilities.max(dim=1)
     right = predicted == labels
     hits = torch.bincount(labels[right], minlength=classes)
     twice = torch.bincount(labels, minlength=classes) + torch.bincount(predicted, minlength=classes)
     f1 = (2 * hits / twice)[twice > 0]
-    which = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bins are open below, closed above
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add_(0, which, right.double() - confidence)
-    return Scores(float(right.double().mean()), float(f1.mean()), float(gap.abs().sum() / count))
+    ece = expected_calibration_error(confidence, right)
+    return Scores(float(right.double().mean()), float(f1.mean()), ece)
 
 
 @torch.no_grad()

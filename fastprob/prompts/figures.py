@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastprob.uncertainty.figures import axes_of_figure, save_figure
+from fastprob.evaluation.plots import axes_of_figure, save_figure
+from fastprob.evaluation.statistics import mean_std
 
 _MOST_NAMES = 30
 """Classes whose names still fit into a figure."""
@@ -30,8 +30,7 @@ def accuracy_by_shots(accuracy: Mapping[str, Mapping[int | None, Sequence[float]
             axes.axhline(100 * by_shots[None][0], color="#666666", linestyle="--", linewidth=1, label=method)
             continue
         at = sorted((places[k], seeds) for k, seeds in by_shots.items())
-        mean = [100 * statistics.mean(seeds) for _, seeds in at]
-        std = [100 * statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for _, seeds in at]
+        mean, std = zip(*(mean_std([100 * share for share in seeds]) for _, seeds in at))
         axes.errorbar([place for place, _ in at], mean, yerr=std, fmt="o-", capsize=2, label=method)
     ticks = {place: str(k or "all") for k, place in places.items() if any(k in by for by in accuracy.values())}
     axes.set_xscale("log", base=2)

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-from fastprob._training import seed_of
 from fastprob.data.labelled import LabelledImages
 from fastprob.encoders import Encoder
+from fastprob.training import seed_of
 
 KEEP = 2**30
 """Bytes of preprocessed images that are kept in memory; above, they are read again every time."""

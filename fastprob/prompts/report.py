@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastprob._training import LAST, write_atomically
+from fastprob._files import write_atomically
 from fastprob.data.labelled import LabelledImages
 from fastprob.prompts import figures
 from fastprob.prompts.config import Tuned, check_template, class_embeddings
 from fastprob.prompts.evaluation import Scores, linear_probe, predict, require_scikit_learn, scores, zero_shot
 from fastprob.prompts.inputs import Inputs
 from fastprob.prompts.training import CHECKPOINT
+from fastprob.training import LAST
 
 ZERO_SHOT, LINEAR_PROBE = "zero-shot", "linear probe"
 ORDER = (ZERO_SHOT, LINEAR_PROBE, "coop", "cocoop", "vpt", "coop+vpt", "dapt")  # of rows; others behind
@@ -111,9 +112,9 @@ class Report:
     def save(self, directory: str | os.PathLike) -> None:
         """report.md and results.json, each replaced in one step."""
         text = json.dumps({"data": self.data, "results": [asdict(result) for result in self.results]}, indent=1) + "\n"
-        write_atomically(Path(directory) / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(directory) / "results.json", text)
         text = f"# Prompts on {self.data}\n\n{self.table()}\n"
-        write_atomically(Path(directory) / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(directory) / "report.md", text)
 
     def draw(self, directory: str | os.PathLike) -> None:
         """PNG files of accuracy by shots and, of two or more classes, of their embeddings and distances.

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastprob._training import Run, cosine, own_random_state, seed_all, seed_of
 from fastprob.data.labelled import LabelledImages
 from fastprob.encoders import Encoder
 from fastprob.prompts.config import PromptConfig, Tuned, autocast, build
 from fastprob.prompts.inputs import Inputs
 from fastprob.prompts.methods import prototypes
+from fastprob.training import Run, cosine, own_random_state, seed_all, seed_of, share
 
 CHECKPOINT = "prompt.safetensors"
 _WARM_UP_LR = 1e-5
@@ -82,7 +82,7 @@ def fit(
         run = _Run(config, inputs, None if directory is None else Path(directory))
         run.train(resume=resume, progress=progress)
     tuned = run.tuned()
-    if run.directory is not None and not (run.directory / CHECKPOINT).exists():
+    if run.writes and not (run.directory / CHECKPOINT).exists():
         tuned.save(run.directory / CHECKPOINT)
     return tuned
 
@@ -114,7 +114,7 @@ class _Run(Run):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         seed = seed_of(self.config.seed, self.epoch)
         order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(seed))
-        batches = list(order.split(self.config.batch_size))[self.step :]
+        batches = [share(rows) for rows in order.split(self.config.batch_size)[self.step :]]
         if self.config.tunes_images or self.config.augment:
             return zip(self.inputs.images(batches, seed), (self.inputs.labels[rows] for rows in batches))
         return ((self.inputs.features[rows], self.inputs.labels[rows]) for rows in batches)
