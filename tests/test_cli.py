@@ -1,6 +1,7 @@
 """The command line: the whole way on real digits, and every mistake that users make, through `main` itself."""
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -223,6 +224,17 @@ def test_every_command_explains_itself(capsys, command):
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
+
+
+def test_defaults_of_eval_are_the_librarys():
+    args = cli._parser("eval").parse_args(["eval", "--store", "store", "--checkpoint", "run"])
+    options = inspect.signature(evaluate_store).parameters
+    assert {name: options[name].default for name in ("passes", "levels", "seed")} == {
+        "passes": args.passes,
+        "levels": args.levels,
+        "seed": args.seed,
+    }
+    assert (args.passes, args.levels, args.seed) == (20, 10, 0)
 
 
 # ------------------------------------------------------------------------------------------- mistakes
