@@ -23,6 +23,7 @@ __all__ = [
     "data",
     "distributions",
     "encoders",
+    "evaluation",
     "gaussian_potential",
     "ggd_nll",
     "ggd_variance",
@@ -31,11 +32,12 @@ __all__ = [
     "probvlm_loss",
     "prompts",
     "prototype_dispersion",
+    "training",
 ]
 
 
 if TYPE_CHECKING:
-    from fastprob import adapters, compat, data, distributions, encoders, nn, prompts
+    from fastprob import adapters, compat, data, distributions, encoders, evaluation, nn, prompts, training
 else:
 
     def __getattr__(name: str):

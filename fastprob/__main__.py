@@ -1,5 +1,5 @@
 """`python -m fastprob`, the same as the `fastprob` command."""
 
-from fastprob_cli import main
+from fastprob.cli import main
 
 raise SystemExit(main())

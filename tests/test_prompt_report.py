@@ -9,7 +9,7 @@ from PIL import Image
 from prompt_runs import DATA, config, run
 from sklearn.metrics import accuracy_score, f1_score
 
-import fastprob_cli as cli
+import fastprob.cli as cli
 from fastprob.data.labelled import LabelledImages
 from fastprob.prompts import Inputs, Tuned, linear_probe, predict, scores
 from fastprob.prompts.report import evaluate_runs

@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
+from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
 
 if TYPE_CHECKING:
     from fastprob.prompts import PromptConfig

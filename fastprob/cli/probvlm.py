@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprob_cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
+from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from fastprob.adapters import ProbVLM

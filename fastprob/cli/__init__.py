@@ -3,8 +3,7 @@
 A user's mistake (a missing file, an unknown model, sizes that don't fit) prints one line and exits with 2; Ctrl-C
 prints how to resume and exits with 130. Option names follow open_clip's.
 
-It is a package of its own because `import fastprob` waits for torch, seconds that help and a mistyped option need not
-take: a command imports what it needs when it runs (`fit` and `prompt fit` for their options too).
+A command imports what it needs beyond torch when it runs (`fit` and `prompt fit` for their options too).
 """
 
 import argparse
@@ -12,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprob_cli import probvlm, prompt
-from fastprob_cli._command import Command
+import torch
 
-USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+from fastprob.cli import probvlm, prompt
+from fastprob.cli._command import Command
+
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
 
 
 def no_options(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = f": {COMMANDS[name].resume}" if name in COMMANDS else ""
         print(f"\nfastprob {name}: interrupted{resume}", file=sys.stderr)
         return 130
-    except Exception as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, of which there is perhaps no import
-        if not isinstance(error, USER_ERRORS) and not out_of_memory:
-            raise
+    except USER_ERRORS as error:
         print(f"fastprob {name}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
