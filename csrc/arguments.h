@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace fastprob {
@@ -19,7 +20,8 @@ using torch::stable::Tensor;
 // Which of an operator's three torch operators a kernel is to be; see fastprob/_op.py.
 enum class Kind { value, backward, value_and_grad };
 
-// A kernel's arguments off the dispatcher's stack, in the order of the operator's schema.
+// A kernel's arguments off the dispatcher's stack, in the order of the operator's schema: next<int64_t>(),
+// next<bool>(), next<Tensor>(), next<std::optional<Tensor>>() for a `Tensor?`.
 class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : next_(stack) {}
@@ -48,6 +50,14 @@ std::array<Tensor, N> gradients_like(const std::array<Tensor, N>& inputs, int64_
     out[i] = wanted ? torch::stable::empty_like(inputs[i]) : torch::stable::new_empty(inputs[i], {0});
   }
   return out;
+}
+
+// Puts an operator's outputs onto the stack, in the order of its schema.
+inline void push(StableIValue*& stack, const Tensor& output) { *stack++ = torch::stable::detail::from(output); }
+
+template <size_t N>
+void push(StableIValue*& stack, const std::array<Tensor, N>& outputs) {
+  for (const Tensor& output : outputs) push(stack, output);
 }
 
 // Calls body(compute, storage) with values of a tensor's compute and storage types.

@@ -1,4 +1,4 @@
-// Element-wise work over tensors on the GPU, and sums over it: contiguous inputs of one shape, 16 bytes of each at a
+// Element-wise work over tensors on the GPU, and sums over it: contiguous inputs of one shape, 8 bytes of each at a
 // time. The grid and the order of summation depend on the number of elements alone, never on the device or on where the
 // tensors lie, so that results are the same bits on every run. Nothing here waits for the GPU.
 #pragma once
@@ -10,17 +10,15 @@
 #include <type_traits>
 
 #include "../arguments.h"
+#include "../elementwise.h"
 #include "fast.cuh"
-#include "lanes.cuh"
 
 namespace fastprob {
-
-using torch::stable::accelerator::DeviceGuard;
 
 // Small blocks: some load while others compute, which hides the latency of both.
 constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 16384;  // many waves on the largest GPU, and as many partial sums as one block adds fast
-constexpr int kFinishThreads = 512;
+constexpr int kFinishThreads = 1024;
 
 // The types that sums and scalars have, and that bodies compute in.
 template <typename S>
@@ -28,51 +26,43 @@ using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 template <typename S>
 using Number = std::conditional_t<sizeof(S) == 2, Fast, S>;
 
-// A body says how many tensors it reads and writes, and how many of its blocks an SM is to hold at once: 4 leave 128
-// registers to a thread, 3 leave 168; as many as need no stack. Outputs that are not wanted are null.
+// As many elements of a tensor as a thread works on at once: more of eight tensors would not fit into the registers.
+template <typename S>
+struct alignas(8) Vector {
+  static constexpr int kCount = 8 / sizeof(S);
+  S lane[kCount];
+};
+
+// A body says how many tensors it reads and writes, and how many of its blocks an SM is to hold at once: 65536
+// registers are for all their threads. Inputs are aligned to vectors; outputs that are not wanted are null.
 template <typename S, typename Body>
 struct Pointers {
   const S* in[Body::kInputs];
   S* out[Body::kOutputs];
   int64_t size;
-  bool aligned;
 };
 
-// Lanes that are worked on together: of many tensors, or of eight lanes each, all would not fit into the registers.
-template <typename S, typename Body>
-constexpr int kStep = Body::kInputs + Body::kOutputs < 14 ? (Lanes<S>::kCount < 8 ? Lanes<S>::kCount : 4) : 2;
-
-// Calls body(in, out) for the elements of the lanes from `at` on; the sum of what it returns.
-template <typename S, typename Body>
+// Calls body(in, out) for each lane of V, a vector or an element, at index `at`; the sum of what it returns.
+template <typename V, typename S, typename Body>
 FASTPROB_INLINE Compute<S> for_lanes(const Pointers<S, Body>& tensors, int64_t at, const Body& body) {
   using T = Number<S>;
-  const int64_t size = tensors.size;
-  const bool vector = tensors.aligned && at + Lanes<S>::kCount <= size;
-  // Kept as words: a lane of 16 bits by itself would take a register of 32.
-  uint4 in[Body::kInputs], out[Body::kOutputs] = {};
-  load(in, tensors.in, at, size, vector);
+  constexpr int lanes = sizeof(V) / sizeof(S);
+  Vector<S> in[Body::kInputs], out[Body::kOutputs];
+#pragma unroll
+  for (int k = 0; k < Body::kInputs; ++k) *reinterpret_cast<V*>(&in[k]) = reinterpret_cast<const V*>(tensors.in[k])[at];
   Compute<S> sum = 0;
-#pragma unroll 1
-  for (int first = 0; first < Lanes<S>::kCount; first += kStep<S, Body>) {
-    Lanes<S> results[Body::kOutputs] = {};
 #pragma unroll
-    for (int v = 0; v < kStep<S, Body>; ++v) {
-      T x[Body::kInputs], y[Body::kOutputs];
+  for (int v = 0; v < lanes; ++v) {
+    T x[Body::kInputs], y[Body::kOutputs];
 #pragma unroll
-      for (int k = 0; k < Body::kInputs; ++k)
-        x[k] = static_cast<Compute<S>>(fastprob::bit_cast<Lanes<S>>(in[k]).lane[v]);
-      const Compute<S> term = plain(body(x, y));
-      sum += select(at + first + v < size, term, Compute<S>(0));
+    for (int k = 0; k < Body::kInputs; ++k) x[k] = static_cast<Compute<S>>(in[k].lane[v]);
+    sum += plain(body(x, y));
 #pragma unroll
-      for (int k = 0; k < Body::kOutputs; ++k) results[k].lane[v] = static_cast<S>(plain(y[k]));
-    }
-    constexpr int words = kStep<S, Body> * sizeof(S) / 4;
-#pragma unroll
-    for (int k = 0; k < Body::kInputs; ++k) in[k] = shift_out<words>(in[k]);
-#pragma unroll
-    for (int k = 0; k < Body::kOutputs; ++k) out[k] = shift_in<words>(out[k], fastprob::bit_cast<uint4>(results[k]));
+    for (int k = 0; k < Body::kOutputs; ++k) out[k].lane[v] = static_cast<S>(plain(y[k]));
   }
-  store(out, tensors.out, at, size, vector);
+#pragma unroll
+  for (int k = 0; k < Body::kOutputs; ++k)
+    if (tensors.out[k] != nullptr) reinterpret_cast<V*>(tensors.out[k])[at] = *reinterpret_cast<const V*>(&out[k]);
   return sum;
 }
 
@@ -91,23 +81,31 @@ __device__ __forceinline__ double block_sum(double value) {
 template <typename S, typename Body>
 __global__ void __launch_bounds__(kThreads, Body::kBlocksPerSM)
     elements_kernel(const __grid_constant__ Pointers<S, Body> tensors, const S* grad, double* partials, Body body) {
-  constexpr int lanes = Lanes<S>::kCount;
+  constexpr int lanes = Vector<S>::kCount;
   body.start(grad ? static_cast<Compute<S>>(*grad) : Compute<S>(1));
+  const int64_t vectors = tensors.size / lanes, step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   double sum = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * lanes;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * lanes;
 #pragma unroll 1
-  for (int64_t at = first; at < tensors.size; at += step) sum += for_lanes(tensors, at, body);
+  for (int64_t at = first; at < vectors; at += step) sum += for_lanes<Vector<S>>(tensors, at, body);
+  if (lanes > 1 && first < tensors.size % lanes) sum += for_lanes<S>(tensors, vectors * lanes + first, body);
   if (partials == nullptr) return;
   sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
+// Loads all of a thread's partial sums before it adds any: their latency is most of this kernel's time.
 template <typename S>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_kernel(const double* partials, int64_t count, double divisor, S* out) {
+  double terms[kMaxBlocks / kFinishThreads];
+#pragma unroll
+  for (int u = 0; u < kMaxBlocks / kFinishThreads; ++u) {
+    const int64_t i = u * kFinishThreads + threadIdx.x;
+    terms[u] = i < count ? partials[i] : 0;
+  }
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) sum += partials[i];
+  for (double term : terms) sum += term;
   sum = block_sum<kFinishThreads>(sum);
   if (threadIdx.x == 0) *out = static_cast<S>(static_cast<Compute<S>>(sum / divisor));
 }
@@ -118,10 +116,21 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+// Launches a kernel with no syntax of CUDA's own, which a host compiler would not take.
+template <typename... Parameters, typename... Given>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, const Tensor& like, Given... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.stream = current_stream(like);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// A tensor or, where it is not aligned to vectors, a copy that is.
+inline Tensor aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 8 ? torch::stable::clone(tensor) : tensor;
+}
 
 inline int64_t blocks_for(const Tensor& tensor) {
-  const int64_t per_block = kThreads * (16 / static_cast<int64_t>(tensor.element_size()));
+  const int64_t per_block = kThreads * (8 / static_cast<int64_t>(tensor.element_size()));
   return std::min((tensor.numel() + per_block - 1) / per_block, kMaxBlocks);
 }
 
@@ -140,20 +149,19 @@ void for_elements(
     const Tensor* partials,
     const Body& body) {
   static_assert(I == Body::kInputs && O >= Body::kOutputs, "for_elements: the body is for other tensors");
-  Pointers<S, Body> tensors{{}, {}, in[0].numel(), true};
+  Pointers<S, Body> tensors{{}, {}, in[0].numel()};
   if (tensors.size == 0) return;
+  std::array<Tensor, Body::kInputs> from;
   for (int k = 0; k < Body::kInputs; ++k) {
-    tensors.in[k] = static_cast<const S*>(in[k].data_ptr());
-    tensors.aligned &= is_aligned(tensors.in[k]);
+    from[k] = aligned(in[k]);
+    tensors.in[k] = static_cast<const S*>(from[k].data_ptr());
   }
-  for (int k = 0; k < Body::kOutputs; ++k) {
+  for (int k = 0; k < Body::kOutputs; ++k)
     tensors.out[k] = out[k].numel() ? static_cast<S*>(out[k].data_ptr()) : nullptr;
-    tensors.aligned &= is_aligned(tensors.out[k]);
-  }
-  elements_kernel<S, Body><<<static_cast<unsigned>(blocks_for(in[0])), kThreads, 0, current_stream(in[0])>>>(
-      tensors, grad ? static_cast<const S*>(grad->data_ptr()) : nullptr,
+  launch(
+      elements_kernel<S, Body>, static_cast<unsigned>(blocks_for(in[0])), kThreads, in[0], tensors,
+      grad ? static_cast<const S*>(grad->data_ptr()) : nullptr,
       partials ? static_cast<double*>(partials->data_ptr()) : nullptr, body);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // The partial sums' sum over `divisor`, as a scalar like `like`.
@@ -161,11 +169,86 @@ inline Tensor finish(const Tensor& partials, const Tensor& like, double divisor)
   Tensor out = torch::stable::new_empty(like, {});
   for_type(like, [&](auto, auto storage) {
     using S = decltype(storage);
-    finish_kernel<S><<<1, kFinishThreads, 0, current_stream(like)>>>(
-        static_cast<const double*>(partials.data_ptr()), partials.numel(), divisor, static_cast<S*>(out.data_ptr()));
+    launch(
+        finish_kernel<S>, 1, kFinishThreads, like, static_cast<const double*>(partials.data_ptr()), partials.numel(),
+        divisor, static_cast<S*>(out.data_ptr()));
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
+
+// The body of an operator's function: values or, with gradients, these times a scalar over `divisor`, or times the last
+// input where that is one more than the function's.
+template <bool has_gradients, size_t inputs, size_t outputs, typename F, typename T>
+struct FunctionBody {
+  static constexpr int kInputs = inputs, kOutputs = outputs, kBlocksPerSM = 4;
+  F function;
+  T divisor, scale;
+
+  FASTPROB_INLINE void start(T grad) { scale = grad / divisor; }
+  FASTPROB_INLINE T operator()(const T (&in)[kInputs], T (&out)[kOutputs]) const {
+    return call(in, out, std::make_index_sequence<has_gradients ? outputs : inputs>());
+  }
+
+ private:
+  template <size_t... K>
+  FASTPROB_INLINE T call(const T (&in)[kInputs], T (&out)[kOutputs], std::index_sequence<K...>) const {
+    const auto y = function(in[K]...);
+    if constexpr (has_gradients) {
+      const T g = inputs > outputs ? in[inputs - 1] : scale;
+      ((out[K] = g * y.slopes[K]), ...);
+    } else {
+      out[0] = y.value;
+    }
+    return y.value;
+  }
+};
+
+template <bool has_gradients, size_t inputs, size_t outputs, typename F, typename T>
+FunctionBody<has_gradients, inputs, outputs, F, T> body_of(const F& function, T divisor) {
+  return {function, divisor, 1};
+}
+
+// Runs an operator's function, or its own body, over tensors.
+struct Cuda {
+  using Guard = torch::stable::accelerator::DeviceGuard;
+
+  template <bool has_gradients, typename Op, size_t I, size_t O>
+  static void run(
+      const Op& op,
+      int64_t needs,
+      const std::array<Tensor, I>& in,
+      const std::array<Tensor, O>& out,
+      double divisor = 1,
+      const Tensor* grad = nullptr,
+      const Tensor* partials = nullptr) {
+    for_type(in[0], [&](auto, auto storage) {
+      using S = decltype(storage);
+      using T = Number<S>;
+      op.template visit<T, has_gradients>(needs, [&](const auto& function) {
+        const T count = static_cast<Compute<S>>(divisor);
+        for_elements<S>(in, out, grad, partials, body_of<has_gradients, I, O>(function, count));
+      });
+    });
+  }
+
+  template <bool has_gradients, typename Op, size_t I, size_t O>
+  static Tensor sum(
+      const Op& op, int64_t needs, const std::array<Tensor, I>& in, const std::array<Tensor, O>& out, double divisor) {
+    const Tensor partials = partials_for(in[0]);
+    run<has_gradients>(op, needs, in, out, divisor, nullptr, &partials);
+    return finish(partials, in[0], divisor);
+  }
+
+  template <typename Op, size_t N>
+  static void gradients(
+      const Op& op,
+      int64_t needs,
+      const std::array<Tensor, N>& in,
+      const std::array<Tensor, N>& out,
+      const Tensor& grad,
+      double divisor) {
+    run<true>(op, needs, in, out, divisor, &grad);
+  }
+};
 
 }  // namespace fastprob

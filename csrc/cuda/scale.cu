@@ -11,6 +11,13 @@ constexpr int kGroup = 8;         // tensors of one launch: all that any operato
 constexpr int kInFlight = 4;      // vectors that a thread loads before it stores any
 constexpr int kMaxColumns = 128;  // blocks for a tensor: few, as usually they find a scale of 1 and leave
 
+// 16 bytes of a tensor.
+template <typename S>
+struct alignas(16) Lanes {
+  static constexpr int kCount = 16 / sizeof(S);
+  S lane[kCount];
+};
+
 template <typename S>
 struct Group {
   S* data[kGroup];
@@ -29,8 +36,10 @@ FASTPROB_INLINE void scale_tile(S* data, int64_t at, int64_t size, bool aligned,
 #pragma unroll
   for (int u = 0; u < kInFlight; ++u) {
     const int64_t from = at + u * apart;
-    const bool vector = aligned && from + lanes <= size;
-    values[u] = fastprob::bit_cast<Lanes<S>>(vector ? load_vector(data + from) : load_lanes(data, from, size));
+    if (aligned && from + lanes <= size)
+      values[u] = *reinterpret_cast<const Lanes<S>*>(data + from);
+    else
+      for (int v = 0; v < lanes; ++v) values[u].lane[v] = from + v < size ? data[from + v] : S(0);
   }
 #pragma unroll
   for (int u = 0; u < kInFlight; ++u) {
@@ -38,7 +47,10 @@ FASTPROB_INLINE void scale_tile(S* data, int64_t at, int64_t size, bool aligned,
     for (int v = 0; v < lanes; ++v)
       values[u].lane[v] = static_cast<S>(static_cast<Compute<S>>(values[u].lane[v]) * scale);
     const int64_t to = at + u * apart;
-    store({fastprob::bit_cast<uint4>(values[u])}, {data}, to, size, aligned && to + lanes <= size);
+    if (aligned && to + lanes <= size)
+      *reinterpret_cast<Lanes<S>*>(data + to) = values[u];
+    else
+      for (int v = 0; v < lanes && to + v < size; ++v) data[to + v] = values[u].lane[v];
   }
 }
 
@@ -65,8 +77,7 @@ void scale_group(const Tensor* tensors, int count, const Tensor& scale) {
   }
   const int64_t columns = std::min<int64_t>((largest + kTile<S> - 1) / kTile<S>, kMaxColumns);
   const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(count));
-  scale_kernel<S><<<grid, kThreads, 0, current_stream(scale)>>>(group, static_cast<const S*>(scale.data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(scale_kernel<S>, grid, kThreads, scale, group, static_cast<const S*>(scale.data_ptr()));
 }
 
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
@@ -81,7 +92,7 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
         "fastprob: _scale_ takes contiguous tensors of the scale's dtype and device");
   if (tensors.empty()) return;
   STD_TORCH_CHECK(scale.is_cuda() && scale.numel() == 1, "fastprob: _scale_ takes one number on the GPU as the scale");
-  const DeviceGuard guard(scale.get_device_index());
+  const Cuda::Guard guard(scale.get_device_index());
   for_type(scale, [&](auto, auto storage) {
     for (size_t k = 0; k < tensors.size(); k += kGroup)
       scale_group<decltype(storage)>(&tensors[k], std::min<int>(kGroup, tensors.size() - k), scale);
