@@ -15,7 +15,7 @@ struct Body {
   static constexpr int kInputs = 8, kOutputs = parts == Parts::all ? 8 : has_gradients ? 6 : 1;
   // as many as need no stack on any architecture
   static constexpr bool is_small = parts == Parts::value || parts == Parts::adapters;
-  static constexpr int kBlocksPerSM = !std::is_same_v<T, double> && is_small ? 5 : 4;
+  static constexpr int kBlocksPerSM = (std::is_same_v<T, float> ? 4 : 3) + is_small;
   Weights<T> w;
   Bounds<T> bounds;
   T count;
