@@ -68,7 +68,7 @@ def test_bounds_met_exactly_and_a_scale_of_zero(form, dtype):
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0, 1.0), (0.0, 1.0, 0.0), (0.5, 0.25, 0.0), (0.0, 0.0, 1.0)])
 @pytest.mark.parametrize("form", FORMS)
-def test_each_term_of_probvlm_loss_has_its_own_weight(form, weights):
+def test_every_term_of_probvlm_loss_is_weighted_apart(form, weights):
     cross, l1, nll = weights
     tensors = OPS["probvlm_loss"].inputs(maker(torch.float32), 3, 5)
     check("probvlm_loss", tensors, form=form, cross_weight=cross, l1_weight=l1, nll_weight=nll)
