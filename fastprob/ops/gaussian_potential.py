@@ -80,10 +80,11 @@ def _potentials(w: Tensor, root: Tensor, reduction: str) -> tuple[Tensor, Tensor
     square = gram.diagonal()
     squares = square[:, None] + square
     distance = squares - (gram + gram.T)  # symmetric, which a library's product is not
-    distance = torch.where(distance <= rounding(w) * squares, 0, distance)
     distance = distance.masked_fill(torch.eye(w.shape[0], dtype=torch.bool, device=w.device), math.inf)
-    nearest = distance.detach().amin() if reduction == "logmean" else w.new_zeros(())
-    return (-width(root) * (distance - nearest)).exp(), root * (root * nearest)
+    nearest = distance.detach().amin().clamp(min=0) if reduction == "logmean" else w.new_zeros(())
+    distance = distance - nearest
+    distance = torch.where(distance <= rounding(w) * squares, 0, distance)
+    return (-width(root) * distance).exp(), root * (root * nearest)
 
 
 def _gradient(grad, x, *, t, reduction, normalize):
