@@ -128,14 +128,14 @@ def _tile(
         at = gram + (i[:, None] * stride + j[None, :])
         mask = (m < count)[:, None] & (n < count)[None, :]
         square = tl.load(squares + m, mask=m < count, other=0.0)[:, None] + square_n[None, :]
-        distance = square - 2 * tl.load(at, mask=mask, other=0.0)
+        distance = square - 2 * tl.load(at)  # the block holds whole tiles: no mask, which would split its accesses
         distance = tl.where(mask & (m[:, None] != n[None, :]), distance, _ggd.INF)
         if partials is None:
-            tl.store(at, distance, mask=mask)
+            tl.store(at, distance)
         else:
             distance -= tl.load(nearest)
             k = tl.exp(-tl.load(width) * tl.where(distance <= limit * square, 0.0, distance))
-            tl.store(at, k, mask=mask)
+            tl.store(at, k)
             to_columns += tl.sum(k, 0)
             block = (first_column + column) // BLOCK
             tl.store(partials + block * count + m, tl.sum(k, 1), mask=m < count)

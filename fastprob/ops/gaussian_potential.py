@@ -90,7 +90,7 @@ def _potentials(w: Tensor, root: Tensor, reduction: str) -> tuple[Tensor, Tensor
 def _gradient(grad, x, *, t, reduction, normalize):
     if x.shape[0] < 2:
         return (torch.zeros_like(x),)
-    grad, x = wide(grad, x.contiguous())
+    grad, x = wide(grad, x)
     w, length, root = points(x, t, normalize)
     centred = w - w.mean(dim=0)
     k, _ = _potentials(centred, root, reduction)
@@ -120,9 +120,10 @@ def _gradient(grad, x, *, t, reduction, normalize):
 def gaussian_potential(x: Tensor, *, t: float = 2.0, reduction: str = "mean", normalize: bool = False) -> Tensor:
     """Mean Gaussian potential of pairs of points, exp(-t ||x_m - x_n||^2): DAPT's inter-class dispersion.
 
-    Value and gradient in one pass over tiles, in memory of the size of x. Half types are computed in float32. On a GPU
-    the products have the precision that torch is set to: float32, or TF32 after
-    `torch.set_float32_matmul_precision("high")`.
+    Value and gradient in one pass over tiles, in memory of the size of x; the reference takes [C, C]. Half types are
+    computed in float32. On a GPU the products have the precision that torch is set to: float32, or TF32 after
+    `torch.set_float32_matmul_precision("high")`. Results of the C++ kernel are the same bits on any number of threads;
+    the products of the reference and of a GPU are a library's, which says what it promises.
 
     Args:
         x: [C, D] points, class embeddings of unit norm as a rule; float64, float32, bfloat16 or float16.
@@ -142,7 +143,7 @@ def gaussian_potential(x: Tensor, *, t: float = 2.0, reduction: str = "mean", no
     """
     if x.shape[0] < 2:
         return x.new_zeros(())
-    (y,) = wide(x.contiguous())
+    (y,) = wide(x)
     w, _, root = points(y, t, normalize)
     k, shift = _potentials(w - w.mean(dim=0), root, reduction)
     total, pairs = k.sum(), x.shape[0] * (x.shape[0] - 1)

@@ -80,8 +80,8 @@ def prototype_dispersion(x: Tensor, prototypes: Tensor, labels: Indices) -> Tens
 
     Raises:
         ValueError: for tensors of other shapes or dtypes, and for a label out of range where all labels can be read
-            without waiting for a device: eagerly on the CPU. Compiled for the CPU it is a RuntimeError. On a GPU the
-            value and the point's gradient are NaN.
+            without waiting for a device: eagerly on the CPU. Compiled for the CPU it is a RuntimeError, or the
+            IndexError of the reference. On a GPU the value and the point's gradient are NaN.
 
     Source:
         DAPT (Cho et al., ICCV 2023), L_intra.
