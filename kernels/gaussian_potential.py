@@ -1,12 +1,12 @@
 """gaussian_potential: value and gradient, tile by tile. See fastprob/ops/gaussian_potential.py.
 
-The points are cut into tiles. A pair of tiles takes one product, which is turned into potentials and their sums where it
-lies, in a block that stays in the L2 cache; and two products that read them, one for the points of either tile. Each
-potential is computed once: C^2 D multiply-adds for all of them in place of 2 C^2 D. The products are the vendor
+The points are cut into tiles. A pair of tiles takes one product, which becomes potentials and their sums where it lies,
+in a block that stays in the L2 cache; and two products that read them, one for the points of either tile. So each
+potential is computed once, in 3 C^2 D operations where the whole matrix takes 4 C^2 D. The products are the vendor
 library's, in the precision that torch is set to for float32 (TF32 where the user allows it).
 
-Every potential's sums are written once, per point and BLOCK of others, and added up in that order at the end. logmean
-takes the potentials' product twice: all distances come before the first potential, for the nearest pair's.
+A point's sums over BLOCK others are written once each and added up in that order at the end. For logmean the distances
+are computed twice: the nearest pair's comes before the first potential.
 """
 
 import torch
@@ -140,5 +140,5 @@ def _tile(
             block = (first_column + column) // BLOCK
             tl.store(partials + block * count + m, tl.sum(k, 1), mask=m < count)
     if partials is not None:
-        if first_row != first_column:
-            tl.store(partials + (first_row + row) // BLOCK * count + n, to_columns, mask=n < count)
+        block = (first_row + row) // BLOCK
+        tl.store(partials + block * count + n, to_columns, mask=(n < count) & (first_row != first_column))

@@ -5,8 +5,8 @@
 
 The gradient of s is dx_m = -4 t (x_m sum_n k_mn - sum_n k_mn x_n): the Gram product that gives the values and one more
 that reads k, which is attention without a normaliser. Distances do not change when all points move by the same vector;
-with their mean taken off, ||x_m||^2 + ||x_n||^2 - 2 x_m x_n cancels least. A distance that may be rounding alone is 0, so
-that equal points count 1 whatever t.
+with their mean taken off, ||x_m||^2 + ||x_n||^2 - 2 x_m x_n cancels least. A distance that may be rounding alone is 0:
+equal points count 1 whatever t.
 
 No square overflows: points are divided by a power of two of their size, and t is multiplied by its square. logmean
 is shifted by the nearest pair's distance, so that its k has a 1 among them however far apart all points are.
