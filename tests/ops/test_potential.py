@@ -23,6 +23,7 @@ from fastprob import gaussian_potential
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # the file runs itself a second time: see test_triton_kernel
 REDUCTIONS = ("mean", "sum", "logmean")
 BACKENDS = ("triton",) if INTERPRETING else ("cpu", "reference")
+DTYPES = (torch.float32,) if INTERPRETING else (torch.float64, torch.float32)  # the interpreter takes its time
 EVERY = [(reduction, normalize) for reduction in REDUCTIONS for normalize in (False, True)]
 every = pytest.mark.parametrize(("reduction", "normalize"), EVERY)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy in the interpreter
@@ -74,7 +75,7 @@ def cloud(count, dim, spread=1.0):
     return torch.randn(count, dim) * spread / dim**0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "dim"), [(75, 5), (129, 37)] if INTERPRETING else [(129, 37), (200, 61), (301, 67)])
 @every
 def test_sizes_beyond_one_tile(backend, count, dim, reduction, normalize, dtype, monkeypatch):
@@ -99,14 +100,14 @@ def test_points_far_apart(backend, reduction, normalize, dtype):
         assert value < -1000 and grad.abs().max() > 10
 
 
-@pytest.mark.parametrize("t", [1e-40, 2.0, 1e40])
+@pytest.mark.parametrize("t", [1e-40, 1e40] if INTERPRETING else [1e-40, 2.0, 1e40])
 @pytest.mark.parametrize("norm", [1e-25, 1.0, 1e20])
 @every
 def test_extreme_norms_and_widths(backend, reduction, normalize, norm, t):
     check(cloud(7, 5, norm), t=t, reduction=reduction, normalize=normalize)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @every
 def test_points_and_widths_scale_together(backend, reduction, normalize, dtype):
     """f(s x, t / s^2) = f(x, t), up to the ends of the type."""
@@ -122,8 +123,8 @@ def test_points_and_widths_scale_together(backend, reduction, normalize, dtype):
         torch.testing.assert_close(grad * s, expected[1], rtol=rounding, atol=max(subnormal * s, rounding))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("count", [3, 17] if INTERPRETING else [3, 17, 150])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [17] if INTERPRETING else [3, 17, 150])
 @every
 def test_equal_points_count_one_whatever_t(backend, count, reduction, normalize, dtype):
     x = cloud(count, 13).to(dtype)
