@@ -83,7 +83,8 @@ def _potentials(w: Tensor, root: Tensor, reduction: str) -> tuple[Tensor, Tensor
     distance = distance.masked_fill(torch.eye(w.shape[0], dtype=torch.bool, device=w.device), math.inf)
     nearest = distance.detach().amin().clamp(min=0) if reduction == "logmean" else w.new_zeros(())
     distance = distance - nearest
-    distance = torch.where(distance <= rounding(w) * squares, 0, distance)
+    none = distance - distance.detach()  # 0 that still has a derivative
+    distance = torch.where(distance <= rounding(w) * squares, none, distance)
     return (-width(root) * distance).exp(), root * (root * nearest)
 
 
