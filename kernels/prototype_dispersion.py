@@ -1,8 +1,9 @@
 """prototype_dispersion: value, gradients or both. See fastprob/ops/prototype_dispersion.py.
 
 One pass over x for the value and its gradient, a program for a block of one point's coordinates. The prototypes'
-gradient, rarely wanted, is a second kernel: a program owns a block of one class's and takes its points in order. A
-label out of range, which only the device knows of, makes the value and its point's gradient NaN; nothing is read there.
+gradient, rarely wanted, is a second kernel: a program owns a block of one class's and takes its points in the batch's
+order, out of all points sorted by class. A label out of range, which only the device knows of, makes the value and its
+point's gradient NaN; nothing is read there.
 """
 
 import torch
@@ -31,7 +32,7 @@ def _valued(inputs, needs):
     """The value, and the gradients that `needs` asks for."""
     inputs = _launch.contiguous(inputs)
     x, grads = inputs[0], _launch.gradients_like(inputs, needs)
-    partials = torch.empty(len(x) * _blocks(x), dtype=torch.float64, device=x.device)
+    partials = torch.empty(x.shape[0] * _blocks(x), dtype=torch.float64, device=x.device)
     _run(inputs, None, partials, grads, needs)
     with torch.cuda.device_of(x):
         return _launch.total(partials, x, max(x.numel(), 1)), *grads
@@ -43,8 +44,8 @@ def _blocks(x):
 
 
 def _run(inputs, grad, partials, grads, needs):
-    x, prototypes, _ = inputs
-    (count, dim), classes = x.shape, len(prototypes)
+    x, prototypes, labels = inputs
+    (count, dim), classes = x.shape, prototypes.shape[0]
     block = _launch.block_size(x)
     with torch.cuda.device_of(x):
         if x.numel() and (needs & 1 or partials is not None):
@@ -53,8 +54,15 @@ def _run(inputs, grad, partials, grads, needs):
             )
         if prototypes.numel() and needs & 2:
             _classes[(classes, _blocks(x))](
-                *inputs, grad, grads[1], max(x.numel(), 1), count, dim, block, num_warps=_launch.WARPS
-            )
+                x, prototypes, *_by_class(labels, classes), grad, grads[1], max(x.numel(), 1), dim, block,
+                num_warps=_launch.WARPS
+            )  # fmt: skip
+
+
+def _by_class(labels, classes):
+    """The points [B] sorted by class, in the batch's order within one; and where each class begins [C + 1]."""
+    ordered, points = torch.sort(labels, stable=True)
+    return points, torch.searchsorted(ordered, torch.arange(classes + 1, device=labels.device))
 
 
 @triton.jit(do_not_specialize=["n", "classes"])
@@ -78,18 +86,17 @@ def _points(
         _ggd.store(out, b * dim + column, 2 * _launch.gradient_scale(grad, n, d.dtype) * d, mask)
 
 
-@triton.jit(do_not_specialize=["n", "count"])
-def _classes(x, prototypes, labels, grad, out, n, count, dim, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def _classes(x, prototypes, points, bounds, grad, out, n, dim, BLOCK: tl.constexpr):
     """Writes the gradient of the mean for a class's coordinates, times grad's scalar: minus the sum of its points'."""
     c = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < dim
     prototype = _ggd.load(prototypes, c * dim + column, mask)
     total = tl.zeros((BLOCK,), tl.float64)
-    b = tl.program_id(0).to(tl.int64) * 0
-    while b < count:  # the interpreter's range takes no tensor
-        if tl.load(labels + b) == c:
-            total += (_ggd.load(x, b * dim + column, mask) - prototype).to(tl.float64)
-        b += 1
+    at, end = tl.load(bounds + c), tl.load(bounds + c + 1)
+    while at < end:  # the interpreter's range takes no tensor
+        total += (_ggd.load(x, tl.load(points + at) * dim + column, mask) - prototype).to(tl.float64)
+        at += 1
     scale = 2 * _launch.gradient_scale(grad, n, prototype.dtype)
     _ggd.store(out, c * dim + column, -scale * total.to(prototype.dtype), mask)

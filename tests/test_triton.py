@@ -77,15 +77,18 @@ def kernel_variants(ty):
         arguments = {"inputs": (p, p), "grad": grad, "outs": (p, p), "n": "i64", "NEEDS": needs, "BLOCK": block}
         yield "ggd_variance", ggd_variance._kernel, arguments
     if ty in ("fp32", "fp64"):  # it computes in these
-        arguments = {"gram": p, "squares": p, "sums": "*fp64", "first": "i64", "count": "i64", "t": "fp64"}
-        yield "gaussian_potential", gaussian_potential._potentials, {**arguments, "BLOCK": gaussian_potential.COLUMNS}
+        arguments = {"gram": p, "squares": p, "partials": p, "width": p, "nearest": p, "first_row": "i32"}
+        arguments |= {"first_column": "i32", "count": "i64", "stride": "i32", "rounding": "fp64"}
+        for partials in (p, None):
+            flags = {"partials": partials, "ROWS": gaussian_potential.ROWS, "BLOCK": gaussian_potential.BLOCK}
+            yield "gaussian_potential", gaussian_potential._tile, {**arguments, **flags}
     inputs = {"x": p, "prototypes": p, "labels": "*i64"}
     for grad, partials, needed in ((p, None, 1), (None, "*fp64", 1), (None, "*fp64", 0)):
         arguments = {**inputs, "grad": grad, "partials": partials, "out": p, "n": "i64", "dim": "i32", "classes": "i64"}
         yield "points", prototype_dispersion._points, {**arguments, "NEEDED": needed, "BLOCK": block}
     for grad in (p, None):
-        arguments = {**inputs, "grad": grad, "out": p, "n": "i64", "count": "i64", "dim": "i32", "BLOCK": block}
-        yield "classes", prototype_dispersion._classes, arguments
+        arguments = {"x": p, "prototypes": p, "points": "*i64", "bounds": "*i64", "grad": grad, "out": p, "n": "i64"}
+        yield "classes", prototype_dispersion._classes, {**arguments, "dim": "i32", "BLOCK": block}
     sizes = ("i64", "i32", 1, *["i64"] * 5)
     arguments = {"grads": (p,) * 8, "sizes": sizes, "scale": p, "COUNT": 8, "BLOCK": 4 * block}
     yield "scale", scale._kernel, arguments

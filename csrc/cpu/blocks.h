@@ -17,8 +17,10 @@ constexpr int64_t kBlock = 512;         // elements that one call of a body work
 constexpr int64_t kChunk = 8 * kBlock;  // elements that one thread takes at a time
 
 inline Tensor scalar_like(const Tensor& like, double value) {
-  Tensor out = torch::stable::new_empty(like, {});
-  torch::stable::fill_(out, value);
+  const Tensor out = torch::stable::new_empty(like, {});
+  for_type(like, [&](auto compute, auto storage) {  // fill_ raises where the type overflows
+    *static_cast<decltype(storage)*>(out.data_ptr()) = static_cast<decltype(compute)>(value);
+  });
   return out;
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "half.h"
 
 namespace fastprob {
 namespace {
@@ -24,14 +25,14 @@ T squares(const T* x, const T* p, T* g, int64_t n, T scale) {
   return sum;
 }
 
-// The same of half types, of up to kBlock coordinates: widened in loops of their own, which is what vectorises.
+// The same of half types, of up to kBlock coordinates: widened first, which is what vectorises.
 template <bool with_gradient, typename T, typename S, std::enable_if_t<!std::is_same_v<T, S>, int> = 0>
 T squares(const S* x, const S* p, S* g, int64_t n, T scale) {
   alignas(64) T wide[3][kBlock];
-  for (int64_t k = 0; k < n; ++k) wide[0][k] = static_cast<T>(x[k]);
-  for (int64_t k = 0; k < n; ++k) wide[1][k] = static_cast<T>(p[k]);
+  convert(x, wide[0], n);
+  convert(p, wide[1], n);
   const T sum = squares<with_gradient>(wide[0], wide[1], wide[2], n, scale);
-  for (int64_t k = 0; with_gradient && k < n; ++k) g[k] = static_cast<S>(wide[2][k]);
+  if (with_gradient) convert(wide[2], g, n);
   return sum;
 }
 

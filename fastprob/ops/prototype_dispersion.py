@@ -21,13 +21,13 @@ def _check(*, x, prototypes, labels):
         raise ValueError(
             f"prototype_dispersion: prototypes must be [C, D] with D = {x.shape[1]}, got {list(prototypes.shape)}"
         )
-    if labels.dim() != 1 or len(labels) != len(x):
-        raise ValueError(f"prototype_dispersion: labels must be [B] with B = {len(x)}, got {list(labels.shape)}")
+    if labels.dim() != 1 or labels.shape[0] != x.shape[0]:
+        raise ValueError(f"prototype_dispersion: labels must be [B] with B = {x.shape[0]}, got {list(labels.shape)}")
     if _readable(labels) and labels.numel():
         low, high = (int(end) for end in labels.aminmax())
-        if low < 0 or high >= len(prototypes):
+        if low < 0 or high >= prototypes.shape[0]:
             raise ValueError(
-                f"prototype_dispersion: labels must be in 0..{len(prototypes) - 1}, got {low if low < 0 else high}"
+                f"prototype_dispersion: labels must be in 0..{prototypes.shape[0] - 1}, got {low if low < 0 else high}"
             )
 
 
@@ -80,8 +80,8 @@ def prototype_dispersion(x: Tensor, prototypes: Tensor, labels: Indices) -> Tens
 
     Raises:
         ValueError: for tensors of other shapes or dtypes, and for a label out of range where all labels can be read
-            without waiting for a device: eagerly on the CPU. Compiled for the CPU it is a RuntimeError. On a GPU the
-            value and the point's gradient are NaN.
+            without waiting for a device: eagerly on the CPU. Compiled for the CPU it is a RuntimeError, or the
+            IndexError of the reference. On a GPU the value and the point's gradient are NaN.
 
     Source:
         DAPT (Cho et al., ICCV 2023), L_intra.
