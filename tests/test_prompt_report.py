@@ -1,6 +1,7 @@
 """Evaluation of tuned prompts: scores, tables, figures, the command line and the built-in run."""
 
 import json
+import math
 import statistics
 
 import pytest
@@ -11,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import fastprob.cli as cli
 from fastprob.data.labelled import LabelledImages
-from fastprob.prompts import Inputs, Tuned, linear_probe, predict, scores
+from fastprob.prompts import Inputs, Tuned, linear_probe, predict, scores, zero_shot
 from fastprob.prompts.report import evaluate_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +47,17 @@ def test_cocoop_predicts_each_image_by_itself(splits, encoder, monkeypatch):
     torch.testing.assert_close(predict(tuned, Inputs(data, encoder, progress=False)), whole)
     features = Inputs(data, encoder, progress=False).features
     torch.testing.assert_close(tuned.method(features[3:4]).softmax(1), whole[3:4])
+
+
+def test_zero_shot_predictions_by_hand(splits, encoder):
+    data = LabelledImages("few", splits["val"].images[:7], splits["val"].labels[:7], splits["val"].classnames)
+    few = Inputs(data, encoder, progress=False)
+    got = zero_shot(few, "a photo of a {}.")
+    image = encoder.encode_image(torch.stack([encoder.preprocess(data[i]) for i in range(7)]))
+    text = encoder.encode_text(encoder.tokenizer([f"a photo of a {name}." for name in data.classnames]))
+    scale = math.exp(encoder.model.logit_scale)
+    expected = [[math.exp(scale * (x @ y - 1)) for y in text] for x in image]
+    torch.testing.assert_close(got, torch.tensor([[e / sum(row) for e in row] for row in expected]))
 
 
 def test_linear_probe_fits_its_few_images(splits, encoder):
@@ -114,6 +126,14 @@ def test_fit_eval_and_their_report(runs, tmp_path, capsys, splits, encoder):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500
 
 
+def test_embeddings_are_of_the_most_shots_and_the_first_seed(runs, splits):
+    report = evaluate_runs(runs / "all", splits, probe=False, progress=False)
+    assert list(report.embeddings) == ["zero-shot", "coop", "dapt"]
+    for method in ("coop", "dapt"):
+        tuned = Tuned.load(runs / "all" / method / "2-shot" / "seed1" / "prompt.safetensors")
+        torch.testing.assert_close(report.embeddings[method], tuned.method.text_features().detach())
+
+
 def quickly(splits, encoder, directory, **options):
     run(splits, encoder, config(**{"epochs": 1, "batch_size": 40, **options}), directory)
 
@@ -127,7 +147,7 @@ def test_runs_that_stand_for_the_same_are_refused(splits, encoder, tmp_path):
 
 def test_runs_on_base_and_new_classes_are_kept_apart(splits, encoder, tmp_path):
     """Those on new classes are no result of base to new, and contexts of each class are scored on their own alone."""
-    quickly(splits, encoder, tmp_path / "a", classes="base", init="", class_specific=True, context_length=2)
+    quickly(splits, encoder, tmp_path / "a", classes="base", init=None, class_specific=True, context_length=2)
     quickly(splits, encoder, tmp_path / "b", classes="new")
     quickly(splits, encoder, tmp_path / "c", method="vpt", classes="base", shots=0)
     (tmp_path / "d").mkdir()

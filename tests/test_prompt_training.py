@@ -1,12 +1,17 @@
 """Few-shot training of prompts and its checkpoints, on real digits and the tiny CLIP."""
 
+import itertools
+import json
 import os
 import signal
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from prompt_runs import METHODS, config, run, same
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fastprob.data.labelled import LabelledImages, open_splits
 from fastprob.encoders import load_encoder
@@ -66,9 +71,52 @@ def test_the_learning_rate_is_the_released_one(splits, encoder, monkeypatch):
         return loss
 
     monkeypatch.setattr(training._Run, "update", noted)
-    run(splits, encoder, config(shots=1, epochs=0, batch_size=5))
+    run(splits, encoder, config(shots=1, epochs=None, batch_size=5))
     assert rates[:6] == pytest.approx([1e-5, 1e-5, 2e-3, 2e-3, 1.99803e-3, 1.99803e-3], rel=1e-5)
     assert len(rates) == 2 * 50
+
+
+def test_the_optimiser_is_the_released_one(splits, encoder, monkeypatch):
+    """The first steps by hand: SGD, momentum 0.9, weight decay 5e-4."""
+    update, seen = training._Run.update, []
+
+    def noted(self, *batch):
+        group = self.optimizer.param_groups[0]
+        assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+        before = self.model.ctx.detach().clone()
+        loss = update(self, *batch)
+        seen.append((before, self.model.ctx.grad.clone(), group["lr"]))
+        return loss
+
+    monkeypatch.setattr(training._Run, "update", noted)
+    run(splits, encoder, config(lr=0.1))
+    velocity = 0
+    for (before, grad, lr), (after, _, _) in itertools.pairwise(seen):
+        velocity = 0.9 * velocity + grad + 5e-4 * before
+        torch.testing.assert_close(after, before - lr * velocity)
+
+
+@pytest.mark.parametrize(("shots", "epochs"), [(1, 50), (2, 100), (4, 100), (5, 200), (8, 200), (16, 200)])
+def test_epochs_by_shots_are_the_released_ones(shots, epochs):
+    assert training.released_epochs(shots) == epochs
+
+
+def test_defaults_are_the_released_ones():
+    assert asdict(PromptConfig()) == {
+        "method": "dapt", "shots": 16, "classes": "all", "epochs": None, "batch_size": 32, "lr": 2e-3,
+        "context_length": None, "class_position": "end", "class_specific": False, "init": None, "visual_length": 16,
+        "deep": False, "dropout": 0.0, "beta_t": 0.1, "beta_v": 0.1, "template": None, "augment": False,
+        "precision": "fp32", "chunk": None, "recompute": False, "seed": 1,
+    }  # fmt: skip
+
+
+def test_the_seed_decides_the_batches(splits, encoder, monkeypatch):
+    """On the same images in the same order, and with words to start from, nothing else is left to it."""
+    monkeypatch.setattr(LabelledImages, "few_shot", lambda self, shots, seed: self)
+    few = {"train": splits["val"]}
+    options = {"epochs": 1, "batch_size": 40, "init": "a lone"}
+    runs = [run(few, encoder, config(seed=seed, **options)) for seed in (1, 1, 2)]
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
 def test_seed_decides_images_and_vectors_and_the_random_state_is_left_alone(splits, encoder, monkeypatch):
@@ -77,7 +125,7 @@ def test_seed_decides_images_and_vectors_and_the_random_state_is_left_alone(spli
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    runs = [run(splits, encoder, config(context_length=2, init="", seed=seed)) for seed in (1, 1, 2)]
+    runs = [run(splits, encoder, config(context_length=2, init=None, seed=seed)) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(3), expected)
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
     assert [np.array_equal(data.images, splits["train"].few_shot(2, 1).images) for data in drawn] == [True, True, False]
@@ -168,13 +216,16 @@ BAD = {
     "classes": ("old", "classes must be one of 'all', 'base', 'new', got 'old'"),
     "class_position": ("top", "class_position must be one of 'end', 'middle', 'front', got 'top'"),
     "shots": (2.5, "shots must be an integer of at least 0, got 2.5"),
+    "epochs": (0, "epochs must be an integer of at least 1 or None, got 0"),
+    "chunk": (0, "chunk must be an integer of at least 1 or None, got 0"),
+    "init": (" ", "init must be words or None, got ' '"),
     "batch_size": (0, "batch_size must be an integer of at least 1, got 0"),
     "beta_v": (float("nan"), "beta_v must be finite and >= 0, got nan"),
     "lr": (0.0, "lr must be finite and > 0, got 0.0"),
     "dropout": (1.0, r"dropout must be in \[0, 1\), got 1.0"),
     "template": ("a {} or {}", r"template must hold one \{\} for the name, got 'a \{\} or \{\}'"),
     "class_specific": (True, "class_specific must be False for 'dapt', got True"),
-    "context_length": (3, "context_length must be 0 with init, got 3"),
+    "context_length": (3, "context_length must be None with init, got 3"),
 }
 
 
@@ -211,6 +262,21 @@ def test_contexts_of_each_class_are_for_these_alone(splits, encoder):
     assert tuned.for_classes(tuned.classnames) is tuned
     with pytest.raises(ValueError, match="class_specific must be False for other classes"):
         tuned.for_classes(["six"])
+
+
+def test_runs_of_the_first_version_load(splits, encoder, tmp_path):
+    """Their options say 0 and "" for as released."""
+    path = tmp_path / "prompt.safetensors"
+    tuned = run(splits, encoder, config("cocoop", context_length=None))
+    tuned.save(path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["fastprob.prompts/1"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about["config"] |= {"context_length": 0, "init": "", "chunk": 0, "template": ""}
+    save_file(weights, path, {"fastprob.prompts/1": json.dumps(about)})
+    loaded = Tuned.load(path)
+    assert loaded.config == replace(tuned.config, template=None)
+    assert torch.equal(loaded.method.ctx, tuned.method.ctx)
 
 
 def test_other_files_and_encoders_are_refused(splits, encoder, tmp_path):

@@ -1,6 +1,10 @@
 """Prompt tuning: the cheap paths equal open_clip's own over all tokens; the methods tune what they say they do."""
 
+import inspect
 import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
@@ -8,8 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from fastprob.prompts import DAPT, VPT, CoCoOp, CoOp, PromptTextEncoder, prototypes
+from fastprob.prompts.tokens import prompt_tokens
 
-NAMES = ["cat", "golden_retriever", "dog", "fire engine red", "tench"]
+NAMES = ["golden_retriever", "fire engine red", "cat", "dog", "red dog"]
+LENGTHS = [2, 3, 1, 1, 2]  # tokens of each: sorting them is no involution
 L = 4
 TEXT = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
 TOWERS = {  # what differs from CLIP's text tower
@@ -102,16 +108,82 @@ def test_says_why_a_tower_needs_all_tokens(tmp_path, tokenizer, tower, reason):
     with pytest.warns(UserWarning, match=f"all 20 tokens.*{reason}"):
         encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L)
     assert encoder.path == "plain"
-    context = torch.randn(L, 32, dtype=torch.float64)
-    actual = encoder(context)[0]
-    handle = model.text.token_embedding.register_forward_hook(
-        lambda _, __, output: torch.cat([output[:, :1], context[None], output[:, 1 + L :]], dim=1)
-    )
-    torch.testing.assert_close(actual, model.encode_text(tokenizer(["x x x x cat."]), normalize=True)[0])
-    handle.remove()
     for path in ("shared", "truncated"):
         with pytest.raises(ValueError, match=f"path must be .* got {path!r}: .*{reason}"):
             PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path=path)
+
+
+ALL_TOKENS = {  # tower -> its config, and what is set on it once it is built
+    "clip": ({}, {}),
+    "CLIP's own class": ({"custom_text": False}, {}),
+    "CLIP's own class, biased projection": ({"custom_text": False, "proj_bias": True}, {}),
+    "eos": ({"pool_type": "eos", "eos_id": 49407}, {}),
+    "last, biased projection": ({"pool_type": "last", "proj_bias": True, "no_causal_mask": True}, {}),
+    "custom blocks, no projection": ({"qk_norm": True, "proj_type": "none"}, {}),
+    "padding masked": ({"no_causal_mask": True}, {"use_pad_mask": True}),
+    "class token": ({"embed_cls": True}, {}),
+    "class token, masked rightly": ({"embed_cls": True}, {"correct_cls_mask": True}),
+    "class token, not causal": ({"embed_cls": True, "no_causal_mask": True}, {"use_pad_mask": True}),
+}
+
+
+@pytest.mark.parametrize("tower", ALL_TOKENS)
+@pytest.mark.filterwarnings("ignore:PromptTextEncoder")
+def test_all_tokens_are_what_open_clip_encodes(tmp_path, tokenizer, tower):
+    """Against `encode_text` with the context put in by a hook."""
+    changes, attributes = ALL_TOKENS[tower]
+    changes = {"custom_text": True, **changes}
+    custom_text = changes.pop("custom_text")
+    model = build(tmp_path, changes, custom_text=custom_text)
+    for name, value in attributes.items():
+        assert hasattr(model.text, name)
+        setattr(model.text, name, value)
+    encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path="plain")
+    context = torch.randn(L, 32, dtype=torch.float64)
+    actual = encoder(context)
+    embedding = (model.text if custom_text else model).token_embedding
+    assert not embedding._forward_hooks
+    embedding.register_forward_hook(
+        lambda _, __, output: torch.cat([output[:, :1], context.expand(5, -1, -1), output[:, 1 + L :]], dim=1)
+    )
+    texts = tokenizer([f"x x x x {name.replace('_', ' ')}." for name in NAMES])
+    torch.testing.assert_close(actual, model.encode_text(texts, normalize=True))
+
+
+def test_threads_that_share_a_model_do_not_meet(model, tokenizer):
+    encoder = PromptTextEncoder(model, tokenizer, NAMES, context_length=L, path="plain")
+    contexts = torch.randn(2, L, 32, dtype=torch.float64)
+    expected = [encoder(context) for context in contexts]
+    start = threading.Barrier(2)
+
+    def encode(i):
+        start.wait()
+        return max((encoder(contexts[i]) - expected[i]).abs().max().item() for _ in range(30))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(encode, range(2))) < 1e-12
+
+
+PUNCTUATED = ["crane (bird)", "St.", "rock 'n' roll!", "plain name"]
+
+
+@pytest.mark.parametrize("length", [4, 5])
+@pytest.mark.parametrize("position", ["middle", "front"])
+def test_names_stand_where_coop_puts_them(tokenizer, position, length):
+    """CoOp takes as many of the tokens behind the context for the name as the name has by itself: a full stop that is
+    in one token with its end goes with it. An odd context has its smaller half in front."""
+    texts = tokenizer([f"{'x ' * length}{name}." for name in PUNCTUATED])
+    start, slot = texts[0, :1], texts[0, 1]
+    ahead = length // 2 if position == "middle" else 0
+    tokens = prompt_tokens(tokenizer, PUNCTUATED, length, position)
+    for row, name in enumerate(PUNCTUATED):
+        count = len(open_clip.get_tokenizer("ViT-B-32").encode(name))
+        behind = texts[row, 1 + length :]
+        parts = [start, slot.repeat(ahead), behind[:count], slot.repeat(length - ahead), behind[count:]]
+        assert torch.equal(tokens.ids[row], torch.cat(parts))
+        slots = [*range(1, 1 + ahead), *range(1 + ahead + count, 1 + length + count)]
+        assert tokens.slots[row].tolist() == slots
+        assert tokens.ids[row, tokens.ends[row]] == 49407
 
 
 def test_fewer_tokens_go_through_the_shared_path(model, tokenizer):
@@ -123,24 +195,7 @@ def test_fewer_tokens_go_through_the_shared_path(model, tokenizer):
         encoder(torch.randn(L, 32, dtype=torch.float64))
         handle.remove()
         counts[path] = sum(seen)
-    names = [1, 2, 1, 3, 2]  # tokens of each
-    assert counts == {"shared": 1 + L + sum(names) + 2 * 5, "truncated": 5 * (1 + L + 3 + 2), "plain": 5 * 20}
-
-
-def test_compiles_whole_with_right_gradients(tmp_path, tokenizer):
-    """In float32: of torch 2.11's own attention on the CPU the compiled backward pass raises in float64."""
-    model = build(tmp_path, {})
-    method = DAPT(model, tokenizer, NAMES, context_length=L, visual_length=3)
-    images, labels, center = torch.randn(6, 3, 16, 16), torch.arange(6) % 5, torch.randn(5, 24)
-
-    def grads(loss, dtype):
-        for module in (model, method):
-            module.to(dtype)
-        return torch.autograd.grad(loss(images.to(dtype), labels, center.to(dtype)), list(method.parameters()))
-
-    truth, eager = grads(method.loss, torch.float64), grads(method.loss, torch.float32)
-    for c, e, t in zip(grads(torch.compile(method.loss, fullgraph=True), torch.float32), eager, truth):
-        assert (c - t).norm() <= 3 * (e - t).norm() + 1e-7 * t.norm()
+    assert counts == {"shared": 1 + L + sum(LENGTHS) + 2 * 5, "truncated": 5 * (1 + L + 3 + 2), "plain": 5 * 20}
 
 
 BAD = {
@@ -149,7 +204,7 @@ BAD = {
     "position": ({"class_position": "back"}, "class_position must be one of 'end', 'middle', 'front', got 'back'"),
     "context": ({"context_length": 0}, "context_length must be at least 1, got 0"),
     "room": ({"context_length": 15}, "leave room for 15 context vectors among 20 tokens, got 'fire engine red'"),
-    "no room": ({"context_length": 40}, "leave room for 40 context vectors among 20 tokens, got 'cat'"),
+    "no room": ({"context_length": 40}, "leave room for 40 context vectors among 20 tokens, got 'golden_retriever'"),
     "shared": ({"path": "shared", "class_position": "front"}, "got 'shared': the class name stands in the front"),
 }
 
@@ -265,6 +320,59 @@ def test_dapt_loss_is_its_three_terms(model, tokenizer):
     torch.testing.assert_close(method.loss(images, labels, center), expected)
     with pytest.raises(ValueError, match=r"each of the 6 classes, got counts \[2, 2, 2, 2, 2, 0\]"):
         prototypes(features, torch.arange(10) % 5, 6)
+
+
+def test_dapt_with_prototypes_of_another_dtype(model, tokenizer):
+    """A model in bfloat16 with prototypes in float32, as `prototypes` of stored features makes them."""
+    method = DAPT(model.bfloat16(), tokenizer, NAMES, context_length=L, beta_v=10.0).eval()
+    images, labels, center = torch.randn(6, 3, 16, 16).bfloat16(), torch.arange(6) % 5, torch.randn(5, 24)
+    half = method.loss(images, labels, center)
+    half.backward()
+    model.float()
+    torch.testing.assert_close(half, method.loss(images.float(), labels, center), rtol=0.02, atol=0)
+    assert method.vis_ctx.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 24), (3, 16, 16), (2, 1, 16, 16)])
+def test_what_is_no_image_is_named(model, tokenizer, shape):
+    got = f"got {list(shape)}".replace("[", r"\[")
+    for method in (VPT(model, torch.randn(5, 24)), DAPT(model, tokenizer, NAMES, context_length=L)):
+        with pytest.raises(ValueError, match=rf"{type(method).__name__}: images must be \[B, 3, H, W\], .*{got}"):
+            method(torch.zeros(shape, dtype=torch.float64))
+    if len(shape) != 2:  # which are features
+        with pytest.raises(ValueError, match=rf"CoOp: images must be \[B, 3, H, W\], or features \[B, D\], {got}"):
+            CoOp(model, tokenizer, NAMES, context_length=L)(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_initial_image_prompts_fill_the_released_range(model, deep):
+    """Uniform up to sqrt(6 / (3 p^2 + d)): of 4,000 vectors the largest number is within a thousandth of the bound."""
+    vectors = VPT(model, torch.randn(5, 24), length=4000, deep=deep).vis_ctx
+    bound = math.sqrt(6 / (3 * 8**2 + 48))
+    assert 0.999 * bound < vectors.max() <= bound and -bound <= vectors.min() < -0.999 * bound
+    assert vectors.mean().abs() < 0.01 * bound
+
+
+def test_initial_contexts_have_the_released_spread(model, tokenizer):
+    context = CoOp(model, tokenizer, NAMES, class_specific=True, context_length=14).ctx  # 5 x 14 x 32 numbers
+    assert 0.018 < context.std() < 0.022 and context.mean().abs() < 0.002
+
+
+DEFAULTS = {
+    CoOp: {"context_length": 16, "class_specific": False, "init": None},
+    CoCoOp: {"context_length": 4, "init": "a photo of a"},
+    VPT: {"length": 16, "deep": False, "dropout": 0.0},
+    DAPT: {
+        "context_length": 16, "init": None, "visual_length": 16, "deep": False, "dropout": 0.0, "beta_t": 0.1,
+        "beta_v": 0.1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", DEFAULTS, ids=lambda method: method.__name__)
+def test_defaults_are_the_released_ones(method):
+    parameters = inspect.signature(method).parameters.values()
+    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == DEFAULTS[method]
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ class Command:
 def add_fields(
     parser: argparse.ArgumentParser, config: type, help: Mapping[str, str], but: Container[str] = ()
 ) -> None:
-    """An option for every field of a dataclass, described by `help`, except those in `but`."""
+    """An option for every field of a dataclass, described by `help`, except those in `but`; not given, it is None where
+    that is the field's default."""
+    types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         if field.name in but:
             continue
@@ -34,8 +37,9 @@ def add_fields(
         if isinstance(field.default, bool):
             parser.add_argument(name, action="store_true", help=described)
         else:
-            described += f" (default: {field.default!r})" if field.default != "" else ""
-            parser.add_argument(name, type=type(field.default), default=field.default, help=described)
+            described += f" (default: {field.default!r})" if field.default not in ("", None) else ""
+            kind = next((each for each in typing.get_args(types[field.name]) if each is not type(None)), None)
+            parser.add_argument(name, type=kind or types[field.name], default=field.default, help=described)
 
 
 def add_encoder(parser: argparse.ArgumentParser) -> None:

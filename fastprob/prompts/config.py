@@ -6,7 +6,7 @@ import json
 import math
 import os
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fastprob.prompts.tokens import POSITIONS
 METHODS = ("coop", "cocoop", "vpt", "dapt")
 PRECISIONS = {"fp32": None, "amp": torch.float16, "amp_bf16": torch.bfloat16}  # open_clip's names
 _FORMAT = "fastprob.prompts/1"
+_OPTIONAL_COUNTS = ("epochs", "context_length", "chunk")
 
 
 def _option(default, help: str):
@@ -31,27 +32,30 @@ def _option(default, help: str):
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What determines a run, with the images and the encoder. Raises ValueError for a value out of its range."""
+    """What determines a run, with the images and the encoder. None: as released, or as the option says.
+
+    Raises ValueError for a value out of its range.
+    """
 
     method: str = _option("dapt", f"one of {', '.join(METHODS)}")
     shots: int = _option(16, "images of every class to train on, drawn by the seed; 0: all")
     classes: str = _option("all", "all, base (the first half) or new")
-    epochs: int = _option(0, "passes over the images; 0: 50 for one shot, 100 for up to 4, 200 for more, as released")
+    epochs: int | None = _option(None, "passes over the images; as released: 50 for one shot, 100 up to 4, 200 above")
     batch_size: int = _option(32, "images of a step")
     lr: float = _option(2e-3, "learning rate of SGD; DAPT's released settings have 2 to 20, by data set")
-    context_length: int = _option(0, "context vectors of the text; 0: as released, 16, or 4 of CoCoOp's init")
+    context_length: int | None = _option(None, "context vectors of the text; as released: 16, or 4 of CoCoOp's init")
     class_position: str = _option("end", "where the name stands: end, middle or front")
     class_specific: bool = _option(False, "CoOp: a context for every class")
-    init: str = _option("", "words to start the context from; CoCoOp without context_length: 'a photo of a'")
+    init: str | None = _option(None, "words to start the context from; CoCoOp without context_length: 'a photo of a'")
     visual_length: int = _option(16, "VPT, DAPT: vectors among an image's patches")
     deep: bool = _option(False, "VPT, DAPT: other vectors in every block")
     dropout: float = _option(0.0, "VPT, DAPT: probability that a number in these vectors is dropped")
     beta_t: float = _option(0.1, "DAPT: weight of the spread of class embeddings")
     beta_v: float = _option(0.1, "DAPT: weight of the distance of images to their class's prototype")
-    template: str = _option("", "VPT: prompt of its class embeddings; empty: the data set's, as 'a photo of a {}.'")
+    template: str | None = _option(None, "VPT: prompt of its class embeddings; the data set's, as 'a photo of a {}.'")
     augment: bool = _option(False, "random crops and flips, as released; without, features are encoded once")
     precision: str = _option("fp32", f"one of {', '.join(PRECISIONS)}")
-    chunk: int = _option(0, "most prompts to encode at once, to bound memory; 0: all, on a CPU 512")
+    chunk: int | None = _option(None, "most prompts to encode at once, to bound memory; all, on a CPU 512")
     recompute: bool = _option(False, "compute activations again in the backward pass, to save memory")
     seed: int = _option(1, "of the images drawn, initial vectors, batches, dropout and crops")
 
@@ -65,10 +69,12 @@ class PromptConfig:
             if getattr(self, name) not in choices:
                 expected = ", ".join(map(repr, choices))
                 raise ValueError(f"PromptConfig: {name} must be one of {expected}, got {getattr(self, name)!r}")
-        for name in ("shots", "epochs", "batch_size", "context_length", "visual_length", "chunk", "seed"):
-            value, least = getattr(self, name), int(name in ("batch_size", "visual_length"))
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"PromptConfig: {name} must be an integer of at least {least}, got {value!r}")
+        for least, names in enumerate((("shots", "seed"), ("batch_size", "visual_length", *_OPTIONAL_COUNTS))):
+            for name in names:
+                value, optional = getattr(self, name), name in _OPTIONAL_COUNTS
+                if not (optional if value is None else isinstance(value, int) and value >= least):
+                    expected = f"an integer of at least {least}" + " or None" * optional
+                    raise ValueError(f"PromptConfig: {name} must be {expected}, got {value!r}")
         for name in ("beta_t", "beta_v"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"PromptConfig: {name} must be finite and >= 0, got {getattr(self, name)}")
@@ -76,12 +82,20 @@ class PromptConfig:
             raise ValueError(f"PromptConfig: lr must be finite and > 0, got {self.lr}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"PromptConfig: dropout must be in [0, 1), got {self.dropout}")
-        if self.template:
+        if self.init is not None and not self.init.strip():
+            raise ValueError(f"PromptConfig: init must be words or None, got {self.init!r}")
+        if self.template is not None:
             check_template("PromptConfig", self.template)
         if self.class_specific and self.method != "coop":
             raise ValueError(f"PromptConfig: class_specific must be False for {self.method!r}, got True")
-        if self.init and self.context_length:
-            raise ValueError(f"PromptConfig: context_length must be 0 with init, got {self.context_length}")
+        if self.init is not None and self.context_length is not None:
+            raise ValueError(f"PromptConfig: context_length must be None with init, got {self.context_length}")
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> PromptConfig:
+        """The options that a file holds. Those of fastprob 0.1 say 0 and "" where None stands now."""
+        unset = {name: None for name in (*_OPTIONAL_COUNTS, "init", "template") if options.get(name) in (0, "")}
+        return PromptConfig(**{**options, **unset})
 
     @property
     def name(self) -> str:
@@ -107,10 +121,10 @@ def build(config: PromptConfig, encoder: Encoder, classnames: Sequence[str]) -> 
     if config.method == "vpt":
         text = class_embeddings(encoder, classnames, config.template or TEMPLATE)
         return VPT(encoder.model, text, length=config.visual_length, **visual)
-    options = {"class_position": config.class_position, "chunk": config.chunk or None, "recompute": config.recompute}
-    if config.context_length:
+    options = {"class_position": config.class_position, "chunk": config.chunk, "recompute": config.recompute}
+    if config.context_length is not None:
         options |= {"context_length": config.context_length, "init": None}
-    if config.init:
+    if config.init is not None:
         options["init"] = config.init
     parts = encoder.model, encoder.tokenizer, classnames
     if config.method == "coop":
@@ -189,7 +203,7 @@ class Tuned:
         about = json.loads(metadata[_FORMAT])
         classnames, of = about["classnames"], about["encoder"]
         try:
-            config = PromptConfig(**about["config"])
+            config = PromptConfig.of(about["config"])
         except TypeError as error:
             raise ValueError(f"Tuned: {path} must have the options of this version: {error}") from error
         if encoder is None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-import open_clip.transformer
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastprob.encoders.towers import TextTower
 from fastprob.prompts import shared
 from fastprob.prompts.tokens import PromptTokens, prompt_tokens
 
@@ -29,7 +29,7 @@ class PromptTextEncoder(nn.Module):
     - "shared": SOS and the context once, then each class's few tokens (`fastprob.prompts.shared`); for contexts that
       all classes share, in front of the name, in a causal tower. Some 17 + 5 C tokens instead of 77 C.
     - "truncated": every prompt, but only up to the longest end-of-text; for causal towers.
-    - "plain": open_clip's own `encode_text` over all tokens; for every tower.
+    - "plain": all tokens, as open_clip's own `encode_text`; for every tower.
 
     Args:
         model: an open_clip model, frozen by the caller. It is neither a submodule nor in the state dict.
@@ -67,16 +67,12 @@ class PromptTextEncoder(nn.Module):
             raise ValueError(f"PromptTextEncoder: path must be one of {', '.join(map(repr, PATHS))}, got {path!r}")
         if chunk is not None and chunk < 1:
             raise ValueError(f"PromptTextEncoder: chunk must be at least 1 or None, got {chunk}")
-        # not submodules: their weights are the caller's
-        self.__dict__ |= {"model": model, "tower": getattr(model, "text", model)}
-        if not isinstance(getattr(self.tower, "token_embedding", None), nn.Embedding):
-            raise ValueError(
-                f"PromptTextEncoder: model must have a text tower of open_clip's own, got {type(self.tower).__name__}"
-            )
+        self.tower = TextTower(model)  # no submodule: its weights are the caller's
         self.classnames, self.context_length, self.chunk, self.recompute = classnames, context_length, chunk, recompute
         self.tokens = prompt_tokens(tokenizer, classnames, context_length, class_position)
-        not_causal = _why_not_causal(self.tower, self.tokens.ids)
-        not_shared = not_causal or _why_not_shared(self.tower, class_position)
+        not_causal = self.tower.why_not_causal(self.tokens.ids)
+        elsewhere = f"the class name stands in the {class_position} of the context" if class_position != "end" else None
+        not_shared = not_causal or elsewhere or self.tower.why_not_by_parts()
         for wanted, reason in (("truncated", not_causal), ("shared", not_shared)):
             if path == wanted and reason:
                 raise ValueError(f"PromptTextEncoder: path must be 'auto' or another, got {path!r}: {reason}")
@@ -86,13 +82,14 @@ class PromptTextEncoder(nn.Module):
         self.asked, self.path = path, path
         if path == "auto":
             self.path = "plain" if not_causal else "truncated" if not_shared else "shared"
-        self._suffixes: dict[tuple[range, torch.device], shared.Suffixes] = {}
+        self._suffixes: dict[tuple[int, int, torch.device], shared.Suffixes] = {}
         self._tokens: dict[torch.device, PromptTokens] = {}
+        self._prepare(self.tower.device)
 
     @property
     def width(self) -> int:
         """d, the length of a context vector."""
-        return self.tower.token_embedding.embedding_dim
+        return self.tower.width
 
     def extra_repr(self) -> str:
         return f"{len(self.classnames)} classes, context_length={self.context_length}, path={self.path!r}"
@@ -113,7 +110,7 @@ class PromptTextEncoder(nn.Module):
             )
         encode = {"shared": self._shared, "truncated": self._truncated, "plain": self._plain}[path]
         rows = []
-        chunk = self.chunk or (CPU_CHUNK if context.device.type == "cpu" else max(len(batch) * classes, 1))
+        chunk = self._chunk_on(context.device) or max(len(batch) * classes, 1)
         for images in self._image_chunks(len(batch), chunk):
             columns = []
             for some in self._class_chunks(chunk):
@@ -126,6 +123,9 @@ class PromptTextEncoder(nn.Module):
         result = F.normalize(torch.cat(rows), dim=-1)  # [B, C, D]
         return result if context.dim() == 4 else result[0]
 
+    def _chunk_on(self, device: torch.device) -> int | None:
+        return self.chunk or (CPU_CHUNK if device.type == "cpu" else None)
+
     def _class_chunks(self, chunk: int) -> Iterator[range]:
         count = len(self.classnames)
         step = min(chunk, count)
@@ -135,69 +135,51 @@ class PromptTextEncoder(nn.Module):
         step = max(chunk // len(self.classnames), 1)
         return (slice(at, at + step) for at in range(0, count, step))
 
+    def _prepare(self, device: torch.device) -> None:
+        """Lays out all tokens there: a first call may be one that is compiled, and keeps nothing that it makes."""
+        self._tokens_on(device)
+        if self.path == "shared":
+            for classes in self._class_chunks(self._chunk_on(device) or len(self.classnames)):
+                self._suffixes_on(device, classes)
+
+    def _tokens_on(self, device: torch.device) -> PromptTokens:
+        if device not in self._tokens:
+            moved = self.tokens.to(device)
+            if torch.compiler.is_compiling():
+                return moved
+            self._tokens[device] = moved
+        return self._tokens[device]
+
+    def _suffixes_on(self, device: torch.device, classes: range) -> shared.Suffixes:
+        key = classes.start, classes.stop, device
+        if key not in self._suffixes:
+            made = shared.suffixes(self.tokens, classes).to(device)
+            if torch.compiler.is_compiling():
+                return made
+            self._suffixes[key] = made
+        return self._suffixes[key]
+
     # Each path: contexts [B, 1 or c, L, d] and a range of c classes -> [B, c, D].
 
     def _shared(self, context: Tensor, classes: range) -> Tensor:
-        key = classes, context.device
-        if key not in self._suffixes:
-            self._suffixes[key] = shared.suffixes(self.tokens, classes).to(context.device)
-        return self._read(shared.encode(self.tower, context[:, 0], self._suffixes[key]))
+        these = self._suffixes_on(context.device, classes)
+        return self.tower.read(shared.encode(self.tower, context[:, 0], these))
 
     def _truncated(self, context: Tensor, classes: range) -> Tensor:
-        tower, length = self.tower, int(self.tokens.ends.max()) + 1
-        dtype = tower.transformer.get_cast_dtype()
-        x = self._with_context(context, classes, length).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])  # [B c, T, d]
+        x = self.tower.causal(self._with_context(context, classes, max(self.tokens.lengths)))  # [B c, T, d]
         ends = self._tokens_on(x.device).ends[classes.start : classes.stop].repeat(len(context))
         x = x[torch.arange(len(x), device=x.device), ends]
-        return self._read(x).unflatten(0, (len(context), len(classes)))
+        return self.tower.read(x).unflatten(0, (len(context), len(classes)))
 
     def _plain(self, context: Tensor, classes: range) -> Tensor:
         ids = self._tokens_on(context.device).ids[classes.start : classes.stop]
         embedded = self._with_context(context, classes, ids.shape[1])
-        handle = self.tower.token_embedding.register_forward_hook(lambda *_: embedded)
-        try:
-            return self.model.encode_text(ids.repeat(len(context), 1)).unflatten(0, (len(context), len(classes)))
-        finally:
-            handle.remove()
-
-    def _tokens_on(self, device: torch.device) -> PromptTokens:
-        if device not in self._tokens:
-            self._tokens[device] = self.tokens.to(device)
-        return self._tokens[device]
+        return self.tower.encode(embedded, ids.repeat(len(context), 1)).unflatten(0, (len(context), len(classes)))
 
     def _with_context(self, context: Tensor, classes: range, length: int) -> Tensor:
         """Token embeddings of every image's and class's prompt, the context in its slots: [B c, T, d]."""
         tokens, some = self._tokens_on(context.device), slice(classes.start, classes.stop)
         ids, slots = tokens.ids[some, :length], tokens.slots[some]
-        x = self.tower.token_embedding(ids).expand(len(context), -1, -1, -1)  # [B, c, T, d]
+        x = self.tower.embed(ids).expand(len(context), -1, -1, -1)  # [B, c, T, d]
         where = slots[..., None].expand(*x.shape[:2], -1, x.shape[-1])  # [B, c, L, d]
         return x.scatter(2, where, context.to(x.dtype).expand_as(where)).flatten(0, 1)
-
-    def _read(self, x: Tensor) -> Tensor:
-        """The tower's end: [..., d] hidden states at end-of-text -> [..., D]."""
-        x, projection = self.tower.ln_final(x), self.tower.text_projection
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Module) else x @ projection
-
-
-def _why_not_causal(tower: nn.Module, ids: Tensor) -> str | None:
-    """Why the tokens behind end-of-text matter to this tower; None where they do not."""
-    mask, pool = tower.attn_mask, getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-    if mask is None:
-        return "the text tower is not causal"
-    if getattr(tower, "cls_emb", None) is not None:
-        return "the text tower appends a class token"
-    if pool == "argmax":
-        return None if (ids == ids.max()).sum(dim=1).min() > 0 else "end-of-text is not the greatest token"
-    return None if pool == "eos" else f"the text tower reads the {pool!r} token, not end-of-text"
-
-
-def _why_not_shared(tower: nn.Module, class_position: str) -> str | None:
-    if class_position != "end":
-        return f"the class name stands in the {class_position} of the context"
-    block = open_clip.transformer.ResidualAttentionBlock
-    if not all(type(each) is block for each in tower.transformer.resblocks):
-        return "the text tower's blocks are custom"
-    return None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastprob.data.labelled import LabelledImages
 from fastprob.encoders import Encoder
+from fastprob.encoders.towers import conversion
 from fastprob.training import seed_of
 
 KEEP = 2**30
@@ -103,5 +104,4 @@ class _Transformed(Dataset):
 def _augmented(preprocess: transforms.Compose, size: torch.Size) -> transforms.Compose:
     """The released augmentation: a random crop of 8 to 100 % of the image, flipped every other time; then as before."""
     crop = transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC)
-    convert = preprocess.transforms[-3:]  # open_clip's: RGB, tensor, normalised
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *convert])
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *conversion(preprocess)])

@@ -13,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprob.encoders.towers import ImageTower, TextTower
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.prototype_dispersion import prototype_dispersion
 from fastprob.prompts.encoder import PromptTextEncoder
@@ -45,9 +45,12 @@ class _Prompted(nn.Module):
         self.__dict__["model"] = model
 
     def image_features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] images, or features [B, D] as they are, to [B, D] of unit norm."""
+        """[B, 3, H, W] images, or features [B, D] as they are, to [B, D] of unit norm. ValueError for another shape."""
         if images.dim() == 2:
             return F.normalize(images, dim=-1)
+        if images.dim() != 4 or images.shape[1] != 3:
+            name, got = type(self).__name__, list(images.shape)
+            raise ValueError(f"{name}: images must be [B, 3, H, W], or features [B, D], got {got}")
         with torch.no_grad():
             return F.normalize(self.model.encode_image(images), dim=-1)
 
@@ -93,16 +96,16 @@ def _text_side(
     text = PromptTextEncoder(model, tokenizer, classnames, context_length=length, **encoder)
     shape = (len(classnames),) * class_specific + (length, text.width)
     context = torch.randn(shape) * 0.02 if phrase is None else phrase.expand(shape).clone()
-    return text, nn.Parameter(context.to(text.tower.token_embedding.weight.device))
+    return text, nn.Parameter(context.to(text.tower.device))
 
 
 def phrase_embeddings(model: nn.Module, tokenizer: Callable[..., Tensor], phrase: str) -> Tensor:
     """[n, d] token embeddings of a phrase ("a photo of a"), to start a context from."""
-    tower = getattr(model, "text", model)
+    tower = TextTower(model)
     empty, ids = tokenizer([""])[0], tokenizer([phrase])[0]
     start = int(empty[0] == ids[0])  # behind the start-of-text token, if there is one
     length = int((ids == empty[start]).int().argmax()) - start
-    return tower.token_embedding(ids[start : start + length].to(tower.token_embedding.weight.device)).detach()
+    return tower.embed(ids[start : start + length].to(tower.device)).detach()
 
 
 class CoOp(_Prompted):
@@ -160,7 +163,7 @@ class CoCoOp(_Prompted):
     ):
         super().__init__(model)
         self.encoder, self.ctx = _text_side(model, tokenizer, classnames, context_length, init, **encoder)
-        dim = _embedding_dim(self.encoder)
+        dim = self.encoder.tower.dim
         layers = {"linear1": nn.Linear(dim, max(dim // 16, 1)), "relu": nn.ReLU(inplace=True)}
         layers["linear2"] = nn.Linear(max(dim // 16, 1), self.encoder.width)
         self.meta_net = nn.Sequential(OrderedDict(layers)).to(self.ctx.device)
@@ -174,41 +177,28 @@ class CoCoOp(_Prompted):
         return self.logits(image, self.text_features(image))
 
 
-def _embedding_dim(encoder: PromptTextEncoder) -> int:
-    projection = encoder.tower.text_projection
-    if projection is None:
-        return encoder.width
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
-
-
-def visual_context(visual: nn.Module, length: int, deep: bool) -> nn.Parameter:
-    """[1, L, d], as released, or [layers, L, d] if deep, from U(+-sqrt(6 / (3 p^2 + d))) for patches of p x p pixels.
-
-    Raises ValueError for a tower that is no VisionTransformer of open_clip's.
-    """
-    if not isinstance(visual, VisionTransformer):
-        raise ValueError(f"VPT: model.visual must be open_clip's VisionTransformer, got {type(visual).__name__}")
-    weight = visual.conv1.weight  # [d, 3, p, p]
+def visual_context(tower: ImageTower, length: int, deep: bool) -> nn.Parameter:
+    """[1, L, d], as released, or [layers, L, d] if deep; uniform in +-sqrt(6 / (3 p^2 + d)) for patches of p x p."""
+    weight = tower.patch_weight
     bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
-    shape = (len(visual.transformer.resblocks) if deep else 1, length, weight.shape[0])
+    shape = (len(tower.blocks) if deep else 1, length, weight.shape[0])
     return nn.Parameter(torch.empty(shape, device=weight.device).uniform_(-bound, bound))
 
 
-def prompted_image_features(visual: VisionTransformer, images: Tensor, prompts: Tensor) -> Tensor:
-    """Image features with vectors between class token and patches, after ln_pre and without positions.
+def prompted_image_features(tower: ImageTower, images: Tensor, prompts: Tensor) -> Tensor:
+    """Image features with vectors between class token and patches, behind the first norm and without positions.
 
     images: [B, 3, H, W]; prompts: [1, B, L, d], or [layers, B, L, d] for other ones in every block, in place of those
     that come out of the block before. Returns [B, D], not normalised.
     """
-    x = visual._embeds(images)
+    x = tower.embed(images)
     length, layers = prompts.shape[-2], prompts.to(x.dtype)
     x = torch.cat([x[:, :1], layers[0], x[:, 1:]], dim=1)
-    for i, block in enumerate(visual.transformer.resblocks):
+    for i, block in enumerate(tower.blocks):
         if 0 < i < len(layers):
             x = torch.cat([x[:, :1], layers[i], x[:, 1 + length :]], dim=1)
         x = block(x)
-    pooled, _ = visual._pool(torch.cat([x[:, :1], x[:, 1 + length :]], dim=1))
-    return pooled if visual.proj is None else pooled @ visual.proj
+    return tower.read(torch.cat([x[:, :1], x[:, 1 + length :]], dim=1))
 
 
 class _VisuallyPrompted(_Prompted):
@@ -216,13 +206,19 @@ class _VisuallyPrompted(_Prompted):
 
     def __init__(self, model: nn.Module, length: int, deep: bool, dropout: float):
         super().__init__(model)
-        self.vis_ctx = visual_context(model.visual, length, deep)
+        self.tower = ImageTower(model)
+        self.vis_ctx = visual_context(self.tower, length, deep)
         self.dropout = nn.Dropout(dropout)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, D] of unit norm."""
+        """[B, 3, H, W] -> [B, D] of unit norm. Raises ValueError for another shape."""
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"{type(self).__name__}: images must be [B, 3, H, W], its prompts stand among an image's patches, "
+                f"got {list(images.shape)}"
+            )
         prompts = self.dropout(self.vis_ctx[:, None].expand(-1, len(images), -1, -1))
-        return F.normalize(prompted_image_features(self.model.visual, images, prompts), dim=-1)
+        return F.normalize(prompted_image_features(self.tower, images, prompts), dim=-1)
 
 
 class VPT(_VisuallyPrompted):
@@ -291,10 +287,11 @@ class DAPT(_VisuallyPrompted):
         return self.logits(self.image_features(images), self.text_features())
 
     def loss(self, images: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-        """The three terms of a batch. images [B, 3, H, W], labels [B] long, prototypes [C, D]."""
+        """The three terms of a batch. images [B, 3, H, W], labels [B] long, prototypes [C, D] of any dtype."""
         image, text = self.image_features(images), self.text_features()
         inter = gaussian_potential(text, t=2.0)
-        intra = prototype_dispersion(image, prototypes, labels)
+        dtype = torch.promote_types(image.dtype, prototypes.dtype)
+        intra = prototype_dispersion(image.to(dtype), prototypes.to(dtype), labels)
         return F.cross_entropy(self.logits(image, text), labels) + self.beta_t * inter + self.beta_v * intra
 
 

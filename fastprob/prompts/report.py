@@ -9,14 +9,15 @@ import statistics
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprob._files import write_atomically
 from fastprob.data.labelled import LabelledImages
+from fastprob.encoders import Encoder
 from fastprob.prompts import figures
 from fastprob.prompts.config import Tuned, check_template, class_embeddings
 from fastprob.prompts.evaluation import Scores, linear_probe, predict, require_scikit_learn, scores, zero_shot
@@ -26,8 +27,6 @@ from fastprob.training import LAST
 
 ZERO_SHOT, LINEAR_PROBE = "zero-shot", "linear probe"
 ORDER = (ZERO_SHOT, LINEAR_PROBE, "coop", "cocoop", "vpt", "coop+vpt", "dapt")  # of rows; others behind
-
-
 TABLES = {  # classes trained on, classes scored -> heading; zero-shot predictions stand in all of them
     ("all", "all"): "All classes",
     ("base", "base"): "Base classes",
@@ -70,9 +69,11 @@ class Report:
             if not any(shots is not None for _, shots in settings):
                 continue
             lines = ["| method | shots | seeds | accuracy | macro-F1 | ECE |", "|---|---|---|---|---|---|"]
-            for (method, shots), seeds in settings.items():
-                columns = " | ".join(_mean_std(column) for column in zip(*(astuple(of) for of in seeds.values())))
-                lines.append(f"| {method} | {_named(shots)} | {'' if shots is None else len(seeds)} | {columns} |")
+            for (method, shots), scores_by_seed in settings.items():
+                measures = zip(*(astuple(scores) for scores in scores_by_seed.values()))
+                seeds = "" if shots is None else len(scores_by_seed)
+                cells = " | ".join(map(_mean_and_deviation, measures))
+                lines.append(f"| {method} | {_shots_in_words(shots)} | {seeds} | {cells} |")
             parts += [f"## {heading}", "\n".join(lines)]
         if any(result.trained_on == "base" for result in self.results):
             parts += ["## From base to new", self.base_to_new()]
@@ -80,34 +81,45 @@ class Report:
 
     def accuracy_by_shots(self) -> str:
         """Markdown: accuracy on all classes, a row a method, a column a number of shots."""
-        settings = self.by_setting("all", "all")
-        columns = sorted({shots for _, shots in settings}, key=_rank)
-        lines = [f"| method | {' | '.join(_named(k) for k in columns)} |", "|---" * (1 + len(columns)) + "|"]
-        for method in dict.fromkeys(method for method, _ in settings):
-            seeds = [settings.get((method, shots), {}).values() for shots in columns]
-            lines.append(f"| {method} | {' | '.join(_mean_std(of.accuracy for of in each) for each in seeds)} |")
+        accuracy = self._accuracy("all", "all")
+        columns = sorted({shots for _, shots in accuracy}, key=_rank_of_shots)
+        lines = [f"| method | {' | '.join(map(_shots_in_words, columns))} |", "|---" * (1 + len(columns)) + "|"]
+        for method in dict.fromkeys(method for method, _ in accuracy):
+            cells = [_mean_and_deviation(accuracy.get((method, shots), {}).values()) for shots in columns]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
     def base_to_new(self) -> str:
         """Markdown: accuracies; H, the harmonic mean of base and new, is taken seed by seed."""
-        new = self.by_setting("base", "new")
+        on_new = self._accuracy("base", "new")
         lines = ["| method | shots | base | new | H |", "|---|---|---|---|---|"]
-        for setting, seeds in self.by_setting("base", "base").items():
-            base = {seed: of.accuracy for seed, of in seeds.items()}
-            other = {seed: of.accuracy for seed, of in new.get(setting, {}).items()}
-            harmonic = [statistics.harmonic_mean((base[seed], other[seed])) for seed in base if seed in other]
-            cells = [_mean_std(column) for column in (base.values(), other.values(), harmonic)]
-            lines.append(f"| {setting[0]} | {_named(setting[1])} | {' | '.join(cells)} |")
+        for (method, shots), base in self._accuracy("base", "base").items():
+            new = on_new.get((method, shots), {})
+            harmonic = [statistics.harmonic_mean((base[seed], new[seed])) for seed in base if seed in new]
+            cells = " | ".join(map(_mean_and_deviation, (base.values(), new.values(), harmonic)))
+            lines.append(f"| {method} | {_shots_in_words(shots)} | {cells} |")
         return "\n".join(lines)
 
     def by_setting(self, trained_on: str, scored_on: str) -> dict[tuple[str, int | None], dict[int | None, Scores]]:
         """(method, shots) -> seed -> scores, in the order of the tables."""
-        settings: dict[tuple[str, int | None], dict[int | None, Scores]] = {}
+
+        def row(result: Result) -> tuple:
+            return rank.get(result.method, len(rank)), result.method, _rank_of_shots(result.shots)
+
         rank = {method: i for i, method in enumerate(ORDER)}
-        for result in sorted(self.results, key=lambda r: (rank.get(r.method, len(rank)), r.method, _rank(r.shots))):
+        settings: dict[tuple[str, int | None], dict[int | None, Scores]] = {}
+        for result in sorted(self.results, key=row):
             if result.trained_on in (trained_on, None) and result.scored_on == scored_on:
                 settings.setdefault((result.method, result.shots), {})[result.seed] = result.scores
         return settings
+
+    def _accuracy(self, trained_on: str, scored_on: str) -> dict[tuple[str, int | None], dict[int | None, float]]:
+        """(method, shots) -> seed -> accuracy."""
+        settings = self.by_setting(trained_on, scored_on)
+        return {
+            setting: {seed: scores.accuracy for seed, scores in scores_by_seed.items()}
+            for setting, scores_by_seed in settings.items()
+        }
 
     def save(self, directory: str | os.PathLike) -> None:
         """report.md and results.json, each replaced in one step."""
@@ -123,12 +135,12 @@ class Report:
         """
         directory = Path(directory)
         for trained_on, scored_on in TABLES:
-            accuracy: dict[str, dict[int | None, list[float]]] = {}
-            for (method, shots), seeds in self.by_setting(trained_on, scored_on).items():
-                accuracy.setdefault(method, {})[shots] = [of.accuracy for of in seeds.values()]
-            if set(accuracy) - {ZERO_SHOT}:
+            by_method: dict[str, dict[int | None, list[float]]] = {}
+            for (method, shots), accuracy_by_seed in self._accuracy(trained_on, scored_on).items():
+                by_method.setdefault(method, {})[shots] = list(accuracy_by_seed.values())
+            if set(by_method) - {ZERO_SHOT}:
                 suffix = "" if trained_on == "all" else f"_{trained_on}_{scored_on}"
-                figures.accuracy_by_shots(accuracy, directory / f"accuracy_by_shots{suffix}.png")
+                figures.accuracy_by_shots(by_method, directory / f"accuracy_by_shots{suffix}.png")
         if len(self.classnames) > 1:
             figures.class_embeddings(self.embeddings, self.classnames, directory / "class_embeddings.png")
             figures.class_distances(self.embeddings, directory / "class_distances.png")
@@ -157,44 +169,76 @@ def evaluate_runs(
     if probe:
         require_scikit_learn()
     template = check_template("evaluate_runs", template or splits[split].template)
-    paths = _finished(Path(runs))
-    first = Tuned.load(paths[0], device=device)
+    checkpoints = _finished(Path(runs))
+    first = Tuned.load(checkpoints[0], device=device)
     encoder, fingerprint = first.encoder, first.encoder.fingerprint()
-    tuned = {path: Tuned.load(path, encoder, fingerprint=fingerprint) for path in paths}
+    tuned = {path: Tuned.load(path, encoder, fingerprint=fingerprint) for path in checkpoints}
     _check_distinct(tuned)
-
-    @cache
-    def test(classes: str) -> Inputs:
-        return Inputs(splits[split].of_classes(classes), encoder, workers=workers, progress=progress)
-
-    results: list[Result] = []
-
-    def score(method: str, shots: int | None, seed: int | None, trained_on: str | None, on: str, of: Tensor) -> None:
-        results.append(Result(method, shots, seed, trained_on, on, scores(of, test(on).labels)))
-
-    settings = set()  # of which a linear probe is fitted
-    for each in tuned.values():
-        config = each.config
-        ours = each.classnames == splits["train"].of_classes(config.classes).classnames
-        trained_on = config.classes if ours else "other"
-        if ours:
-            settings.add((config.classes, config.shots, config.seed))
-        for on in [on for trained, on in TABLES if trained == trained_on]:
-            names = test(on).data.classnames
-            if names == each.classnames or not config.class_specific:
-                of = predict(each.for_classes(names), test(on))
-                score(config.name, config.shots, config.seed, trained_on, on, of)
-    for on in dict.fromkeys(result.scored_on for result in results):
-        score(ZERO_SHOT, None, None, None, on, zero_shot(test(on), template))
-    for classes, shots, seed in sorted(settings):
-        data = splits["train"].of_classes(classes)
-        if probe and len(data.classnames) > 1:
-            drawn = data.few_shot(shots, seed)
-            train = Inputs(drawn, encoder, workers=workers, progress=progress)
-            score(LINEAR_PROBE, shots, seed, classes, classes, linear_probe(train, test(classes)))
+    evaluation = _Evaluation(splits, split, encoder, {"workers": workers, "progress": progress})
+    for run in tuned.values():
+        evaluation.score_run(run)
+    evaluation.score_zero_shot(template)
+    if probe:
+        evaluation.score_linear_probes(tuned.values())
     classnames = splits[split].classnames
     embeddings = {ZERO_SHOT: class_embeddings(encoder, classnames, template), **_embeddings(tuned.values(), classnames)}
-    return Report(splits[split].name, results, classnames, {name: e.float().cpu() for name, e in embeddings.items()})
+    embeddings = {method: vectors.float().cpu() for method, vectors in embeddings.items()}
+    return Report(splits[split].name, evaluation.results, classnames, embeddings)
+
+
+class _Evaluation:
+    """Results on the images of one split, as they come in."""
+
+    def __init__(self, splits: dict[str, LabelledImages], split: str, encoder: Encoder, reading: dict[str, Any]):
+        self.splits, self.split, self.encoder, self.reading = splits, split, encoder, reading
+        self.results: list[Result] = []
+        self._tests: dict[str, Inputs] = {}
+
+    def test(self, classes: str) -> Inputs:
+        """The images to score on: of all, base or new classes."""
+        if classes not in self._tests:
+            self._tests[classes] = Inputs(self.splits[self.split].of_classes(classes), self.encoder, **self.reading)
+        return self._tests[classes]
+
+    def score_run(self, run: Tuned) -> None:
+        """A method, on all classes that the tables have for those that it was trained on."""
+        config, trained_on = run.config, self._trained_on(run)
+        for scored_on in [scored for trained, scored in TABLES if trained == trained_on]:
+            test = self.test(scored_on)
+            if test.data.classnames == run.classnames or not config.class_specific:
+                probabilities = predict(run.for_classes(test.data.classnames), test)
+                self._add(config.name, config.shots, config.seed, trained_on, scored_on, probabilities)
+
+    def score_zero_shot(self, template: str) -> None:
+        """On all classes that a method was scored on."""
+        for scored_on in dict.fromkeys(result.scored_on for result in self.results):
+            self._add(ZERO_SHOT, None, None, None, scored_on, zero_shot(self.test(scored_on), template))
+
+    def score_linear_probes(self, runs: Iterable[Tuned]) -> None:
+        """Fitted to the images of every run on this data set's classes, if there are two or more."""
+        ours = [run.config for run in runs if self._trained_on(run) != "other"]
+        for classes, shots, seed in sorted({(config.classes, config.shots, config.seed) for config in ours}):
+            images = self.splits["train"].of_classes(classes)
+            if len(images.classnames) > 1:
+                train = Inputs(images.few_shot(shots, seed), self.encoder, **self.reading)
+                probabilities = linear_probe(train, self.test(classes))
+                self._add(LINEAR_PROBE, shots, seed, classes, classes, probabilities)
+
+    def _trained_on(self, run: Tuned) -> str:
+        ours = self.splits["train"].of_classes(run.config.classes).classnames
+        return run.config.classes if run.classnames == ours else "other"
+
+    def _add(
+        self,
+        method: str,
+        shots: int | None,
+        seed: int | None,
+        trained_on: str | None,
+        scored_on: str,
+        probabilities: Tensor,
+    ) -> None:
+        result = scores(probabilities, self.test(scored_on).labels)
+        self.results.append(Result(method, shots, seed, trained_on, scored_on, result))
 
 
 def _finished(runs: Path) -> list[Path]:
@@ -209,41 +253,43 @@ def _finished(runs: Path) -> list[Path]:
 
 
 def _check_distinct(tuned: dict[Path, Tuned]) -> None:
-    seen: dict[tuple, Path] = {}
-    for path, each in tuned.items():
-        key = each.config.name, tuple(each.classnames), each.config.shots, each.config.seed
-        if key in seen:
-            ours, theirs = asdict(each.config), asdict(tuned[seen[key]].config)
-            differs = [f"{name} {theirs[name]!r} and {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+    path_of: dict[tuple, Path] = {}
+    for path, run in tuned.items():
+        setting = run.config.name, tuple(run.classnames), run.config.shots, run.config.seed
+        earlier = path_of.setdefault(setting, path)
+        if earlier != path:
+            options, others = asdict(run.config), asdict(tuned[earlier].config)
+            differing = [f"{k} {others[k]!r} and {options[k]!r}" for k in options if options[k] != others[k]]
             raise ValueError(
-                f"evaluate_runs: runs must differ in method, classes, shots or seed, got {seen[key]} and {path} "
-                f"({', '.join(differs) or 'equal'})"
+                f"evaluate_runs: runs must differ in method, classes, shots or seed, got {earlier} and {path} "
+                f"({', '.join(differing) or 'equal'})"
             )
-        seen[key] = path
 
 
 @torch.no_grad()
-def _embeddings(tuned: Iterable[Tuned], classnames: list[str]) -> dict[str, Tensor]:
+def _embeddings(runs: Iterable[Tuned], classnames: list[str]) -> dict[str, Tensor]:
     """Of every method that tunes class embeddings, the same for all images: its run of most shots and first seed."""
-    best: dict[str, Tuned] = {}
-    for each in sorted(tuned, key=lambda t: (-_rank(t.config.shots), t.config.seed)):
-        fits = not each.config.class_specific or each.classnames == classnames
-        if each.config.method in ("coop", "dapt") and fits:
-            best.setdefault(each.config.name, each)
-    return {name: each.for_classes(classnames).method.text_features() for name, each in best.items()}
+    chosen: dict[str, Tuned] = {}
+    for run in sorted(runs, key=lambda run: (-_rank_of_shots(run.config.shots), run.config.seed)):
+        fits = not run.config.class_specific or run.classnames == classnames
+        if run.config.method in ("coop", "dapt") and fits:
+            chosen.setdefault(run.config.name, run)
+    return {name: run.for_classes(classnames).method.text_features() for name, run in chosen.items()}
 
 
-def _rank(shots: int | None) -> float:
+def _rank_of_shots(shots: int | None) -> float:
     """Zero-shot first, all images last."""
     return -1 if shots is None else shots or math.inf
 
 
-def _named(shots: int | None) -> str:
+def _shots_in_words(shots: int | None) -> str:
     return "" if shots is None else str(shots or "all")
 
 
-def _mean_std(values: Iterable[float]) -> str:
-    percent = [100 * value for value in values]
+def _mean_and_deviation(shares: Iterable[float]) -> str:
+    """In percent; empty without any."""
+    percent = [100 * share for share in shares]
     if not percent:
         return ""
-    return f"{statistics.mean(percent):.1f}" + (f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else "")
+    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.1f}{deviation}"

@@ -94,13 +94,13 @@ class _Run(Run):
         self.fingerprints = {"images": inputs.data.fingerprint(), "encoder": inputs.encoder.fingerprint()}
         model = build(config, inputs.encoder, inputs.data.classnames)
         shots = int(torch.bincount(inputs.data.labels).max())
-        epochs = config.epochs or next(n for most, n in ((1, 50), (4, 100), (math.inf, 200)) if shots <= most)
+        epochs = released_epochs(shots) if config.epochs is None else config.epochs
         steps = math.ceil(len(inputs) / config.batch_size)
         self.prototypes = None
         if config.method == "dapt":
             self.prototypes = prototypes(inputs.features, inputs.labels, len(inputs.data.classnames))
         super().__init__(
-            format="fastprob.prompts.training/1",
+            format="fastprob.prompts.training/2",
             model=model,
             # not fused: a first step that the scaler skips leaves fused SGD's momentum uninitialised
             optimizer=torch.optim.SGD(model.parameters(), config.lr, momentum=0.9, weight_decay=5e-4),
@@ -137,6 +137,11 @@ class _Run(Run):
 
     def identity(self) -> dict:
         return {**asdict(self.config), "classnames": self.inputs.data.classnames, **self.fingerprints}
+
+
+def released_epochs(shots: int) -> int:
+    """Passes over the images, by how many there are of a class."""
+    return next(epochs for most, epochs in ((1, 50), (4, 100), (math.inf, 200)) if shots <= most)
 
 
 def _rate(epoch: int, epochs: int, lr: float) -> float:
