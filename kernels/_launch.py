@@ -1,14 +1,18 @@
 """What the launchers share: block sizes, outputs and the second stage of every reduction.
 
 A reduction is two kernels. The first writes one float64 partial a program; the second, one program, adds them up. Which
-elements meet in which order depends on the block size alone, never on the device or on timing.
+elements meet in which order depends on the block size and the layout of a block over threads: on the dtype, never on
+the number of elements, on where tensors lie, on the device or on timing.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from fastprob.kernels import _maths
+
 WARPS = 4
+REGISTERS = 168  # a thread, at most: three blocks fit on a multiprocessor
 PARTIALS, TOTAL_WARPS = 8192, 16  # partials that the second stage adds at a time: those of 4 M float32 elements
 
 
@@ -20,16 +24,31 @@ def block_size(tensor: torch.Tensor) -> int:
     return 32 * WARPS * (2 if tensor.dtype == torch.float64 else 4)
 
 
+def registers(tensor: torch.Tensor) -> int | None:
+    """The most that a thread may take; float64, which no GPU is fast at, takes what it needs."""
+    return None if tensor.dtype == torch.float64 else REGISTERS
+
+
 def programs(tensor: torch.Tensor) -> int:
     return triton.cdiv(tensor.numel(), block_size(tensor))
 
 
 def contiguous(tensors) -> tuple[torch.Tensor, ...]:
-    return tuple(t.contiguous() for t in tensors)
+    """The tensors, copied where they are not contiguous or not aligned to 16 bytes, as all that torch allocates is.
+
+    Kernels are thus compiled for aligned tensors alone, and a sum has one order.
+    """
+    return tuple(t.clone(memory_format=torch.contiguous_format) if _misplaced(t) else t for t in tensors)
+
+
+def _misplaced(tensor: torch.Tensor) -> bool:
+    return not tensor.is_contiguous() or tensor.data_ptr() % 16 != 0
 
 
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    """A contiguous tensor with room for a multiple of 16 elements, so that kernels store 16 bytes at a time."""
+    room = triton.cdiv(tensor.numel(), 16) * 16
+    return torch.empty(room, dtype=tensor.dtype, device=tensor.device).resize_(tensor.shape)
 
 
 def gradients_like(tensors, needs: int) -> tuple[torch.Tensor, ...]:
@@ -46,6 +65,40 @@ def total(partials: torch.Tensor, like: torch.Tensor, count: int) -> torch.Tenso
     out = torch.empty((), dtype=like.dtype, device=like.device)
     _total[(1,)](partials, out, partials.numel(), count, PARTIALS, num_warps=TOTAL_WARPS)
     return out
+
+
+# ---- in a kernel: a program's block of elements ---------------------------------------------------------------------
+
+
+@triton.jit
+def block_of(n, BLOCK: tl.constexpr):
+    """A program's elements in a tensor of n, their places in the block, and how many of them the tensor has."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    left = n - start
+    left = tl.where(left < 0, 0, tl.where(left < BLOCK, left, BLOCK)).to(tl.int32)
+    lane = tl.arange(0, BLOCK)
+    return start + lane, lane, left
+
+
+@triton.jit
+def load(pointers, at, lane, left, BLOCK: tl.constexpr):
+    """A block of each tensor in the type of computation. Where it is whole no mask keeps loads from being of 16
+    bytes.
+    """
+    if left == BLOCK:
+        x = [_maths.load(pointer, at, None) for pointer in pointers]
+    else:
+        x = [_maths.load(pointer, at, lane < left) for pointer in pointers]
+    return x
+
+
+@triton.jit
+def store(pointers, at, x, lane, left, NEEDS: tl.constexpr):
+    """The blocks that bits of NEEDS ask for, 16 bytes at a time, to tensors with the room of `empty_like`."""
+    room = (left + 15) >> 4 << 4  # Triton knows multiples of 16 elements to be aligned
+    for i in tl.static_range(len(pointers)):
+        if NEEDS >> i & 1:
+            _maths.store(pointers[i], at, x[i], lane < room)
 
 
 @triton.jit(do_not_specialize=["n", "count"])

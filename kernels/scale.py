@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastprob.kernels import _ggd, _launch
+from fastprob.kernels import _launch, _maths
 
 
 def _scale_(grads, scale):
@@ -29,7 +29,9 @@ def _kernel(grads, sizes, scale, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     if factor.dtype != tl.float64:
         factor = factor.to(tl.float32)
     if factor != 1:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         for i in tl.static_range(COUNT):
-            mask = at < sizes[i]
-            _ggd.store(grads[i], at, _ggd.load(grads[i], at, mask) * factor, mask)
+            at, lane, left = _launch.block_of(sizes[i], BLOCK)
+            if left == BLOCK:  # without a mask, which would keep it from moving 16 bytes at a time
+                _maths.store(grads[i], at, _maths.load(grads[i], at, None) * factor, None)
+            else:
+                _maths.store(grads[i], at, _maths.load(grads[i], at, lane < left) * factor, lane < left)

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from fastprob._op import one_of
+from fastprob.ops._maths import power_of_product, sign
+from fastprob.ops._maths import wide as wide  # for operators that import it from here
 
 FORMS = ("paper", "released")
+EDGES = {"eps": 0.0, "clamp_min": 0.0, "clamp_max": 2.0}  # options to test
 
 
 def check_ggd(op: str, *, form: str, eps: float, clamp_min: float, clamp_max: float, **_) -> None:
@@ -26,11 +29,6 @@ def check_ggd(op: str, *, form: str, eps: float, clamp_min: float, clamp_max: fl
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     if not 0 <= clamp_min <= clamp_max:
         raise ValueError(f"{op}: clamp_min and clamp_max must satisfy 0 <= min <= max, got {clamp_min}, {clamp_max}")
-
-
-def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Half types widened to float32, in which every operator computes."""
-    return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 
 
 def shifted(inv_alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +49,7 @@ def log_normaliser(a: Tensor, b: Tensor) -> Tensor:
 
 def residual(d: Tensor, a: Tensor, b: Tensor, form: str) -> Tensor:
     """t for the differences d = mu - z, not yet clamped."""
-    return (d.abs() * a).pow(b) if form == "paper" else d.abs() * a * b
+    return power_of_product(d.abs(), a, b)[0] if form == "paper" else d.abs() * a * b
 
 
 def log_normaliser_gradient(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,13 +61,14 @@ def residual_gradient(
     d: Tensor, a: Tensor, b: Tensor, form: str, clamp_min: float, clamp_max: float
 ) -> tuple[Tensor, ...]:
     """Derivatives of the clamped residual for d, a and b."""
-    t, r = residual(d, a, b, form), d.abs()
-    clamped = (t < clamp_min) | (t > clamp_max)
     if form == "paper":
-        u = r * a
-        log_u = torch.where(u == 0, 1, u).log()
-        partials = b * t / torch.where(d == 0, 1, d), b * t / a, t * log_u
-        clamped = clamped | (u == 0)
+        tie = ((d == 0) | (a == 0)) & (d * a == 0)  # not where the other is NaN or infinite
+        d, a = torch.where(tie, 1, d), torch.where(tie, 1, a)
+        t, log_u = power_of_product(d.abs(), a, b)
+        partials = b * t / d, b * t / a, t * log_u
+        clamped = tie | (t < clamp_min) | (t > clamp_max)
     else:
-        partials = a * b * torch.where(d == 0, 0, d / r), r * b, r * a
+        r = d.abs()
+        t, partials = r * a * b, (a * b * sign(d), r * b, r * a)
+        clamped = (t < clamp_min) | (t > clamp_max)
     return tuple(torch.where(clamped, 0, p) for p in partials)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprob._op import one_of, operator
-from fastprob.ops import _ggd
+from fastprob.ops import _ggd, _maths
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -20,7 +20,7 @@ def _inputs(make, *shape):
 
 
 def _gradient(grad, mu, inv_alpha, beta, target, *, form, eps, clamp_min, clamp_max, reduction):
-    grad, mu, inv_alpha, beta, target = _ggd.wide(grad, mu, inv_alpha, beta, target)
+    grad, mu, inv_alpha, beta, target = _maths.wide(grad, mu, inv_alpha, beta, target)
     a, b = _ggd.shifted(inv_alpha, beta, eps)
     grad_d, grad_a, grad_b = _ggd.residual_gradient(mu - target, a, b, form, clamp_min, clamp_max)
     norm_a, norm_b = _ggd.log_normaliser_gradient(a, b)
@@ -33,7 +33,10 @@ def _gradient(grad, mu, inv_alpha, beta, target, *, form, eps, clamp_min, clamp_
     gradient=_gradient,
     check=_check,
     inputs=_inputs,
-    grid=[{"form": form, "reduction": reduction} for form in _ggd.FORMS for reduction in REDUCTIONS],
+    grid=[
+        *({"form": form, "reduction": reduction} for form in _ggd.FORMS for reduction in REDUCTIONS),
+        {"reduction": "none", **_ggd.EDGES},
+    ],
     frozen=("target",),
     is_scalar=lambda *, reduction, **_: reduction != "none",
 )
@@ -75,7 +78,7 @@ def ggd_nll(
         ProbVLM (Upadhyay et al., ICCV 2023), eq. 3; `GenGaussLoss` of the released code for "released".
     """
     dtype = mu.dtype
-    mu, inv_alpha, beta, target = _ggd.wide(mu, inv_alpha, beta, target)
+    mu, inv_alpha, beta, target = _maths.wide(mu, inv_alpha, beta, target)
     a, b = _ggd.shifted(inv_alpha, beta, eps)
     nll = _ggd.residual(mu - target, a, b, form).clamp(clamp_min, clamp_max) + _ggd.log_normaliser(a, b)
     if reduction != "none":

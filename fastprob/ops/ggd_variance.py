@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import operator
-from fastprob.ops import _ggd
+from fastprob.ops import _ggd, _maths
 
 
 def _inputs(make, *shape):
@@ -21,7 +21,7 @@ def _inputs(make, *shape):
 
 
 def _gradient(grad, inv_alpha, beta):
-    grad, inv_alpha, beta = _ggd.wide(grad, inv_alpha, beta)
+    grad, inv_alpha, beta = _maths.wide(grad, inv_alpha, beta)
     a, b = _ggd.shifted(inv_alpha, beta, 0.0)
     variance = _variance(a, b)
     slope = (torch.digamma(1 + 1 / b) - 3 * torch.digamma(1 + 3 / b)) / b.square()
@@ -52,5 +52,5 @@ def ggd_variance(inv_alpha: Tensor, beta: Tensor) -> Tensor:
         Nadarajah, A generalized normal distribution, J. Appl. Stat. 32 (2005), eq. 11; ProbVLM (ICCV 2023), eq. 7.
     """
     dtype = inv_alpha.dtype
-    inv_alpha, beta = _ggd.wide(inv_alpha, beta)
+    inv_alpha, beta = _maths.wide(inv_alpha, beta)
     return _variance(*_ggd.shifted(inv_alpha, beta, 0.0)).to(dtype)

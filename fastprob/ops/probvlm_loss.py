@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprob._op import operator
-from fastprob.ops import _ggd
+from fastprob.ops import _ggd, _maths
 
 
 def _check(*, form, eps, clamp_min, clamp_max, **_):
@@ -13,6 +13,7 @@ def _check(*, form, eps, clamp_min, clamp_max, **_):
 
 
 WEIGHTS: tuple[dict, ...] = ({}, {"cross_weight": 0.1, "l1_weight": 1.0, "nll_weight": 0.05})
+EDGES = {"cross_weight": 0.0, "l1_weight": 1.0}
 
 
 def _inputs(make, *shape):
@@ -24,7 +25,7 @@ def _gradient(
     image_mu, image_inv_alpha, image_beta, text_mu, text_inv_alpha, text_beta, image, text,
     *, cross_weight, l1_weight, nll_weight, form, eps, clamp_min, clamp_max,
 ):  # fmt: skip
-    grad, *inputs = _ggd.wide(
+    grad, *inputs = _maths.wide(
         grad, image_mu, image_inv_alpha, image_beta, text_mu, text_inv_alpha, text_beta, image, text
     )
     grad = grad / max(image.numel(), 1)
@@ -38,7 +39,7 @@ def _gradient(
         for target, weight in ((own, 1.0), (1 - own, cross_weight)):
             d = mu - (image, text)[target]
             nll_d, nll_a, nll_b = _ggd.residual_gradient(d, a, b, form, clamp_min, clamp_max)
-            grad_d = weight * (nll_weight * nll_d + (l1_weight * d.sign() if l1_weight else 0))
+            grad_d = weight * (nll_weight * nll_d + (l1_weight * _maths.sign(d) if l1_weight else 0))
             grad_mu = grad_mu + grad_d
             grad_a = grad_a + weight * nll_weight * nll_a
             grad_b = grad_b + weight * nll_weight * nll_b
@@ -51,7 +52,7 @@ def _gradient(
     gradient=_gradient,
     check=_check,
     inputs=_inputs,
-    grid=[{"form": form, **weights} for form in _ggd.FORMS for weights in WEIGHTS],
+    grid=[*({"form": form, **weights} for form in _ggd.FORMS for weights in WEIGHTS), EDGES],
     frozen=("image", "text"),
     is_scalar=lambda **_: True,
 )
@@ -100,15 +101,15 @@ def probvlm_loss(
         ProbVLM (Upadhyay et al., ICCV 2023), eqs. 3 to 6; `train_ProbVLM` of the released code for the weights.
     """
     dtype = image_mu.dtype
-    *adapters, image, text = _ggd.wide(
+    *adapters, image, text = _maths.wide(
         image_mu, image_inv_alpha, image_beta, text_mu, text_inv_alpha, text_beta, image, text
     )
     loss = image.new_zeros(())
     for (mu, inv_alpha, beta), own, other in ((adapters[:3], image, text), (adapters[3:], text, image)):
         a, b = _ggd.shifted(inv_alpha, beta, eps)
-        norm = _ggd.log_normaliser(a, b)
+        loss = loss + (1 + cross_weight) * nll_weight * _ggd.log_normaliser(a, b).mean()
         for target, weight in ((own, 1.0), (other, cross_weight)):
             t = _ggd.residual(mu - target, a, b, form).clamp(clamp_min, clamp_max)
             l1 = l1_weight * (mu - target).abs().mean() if l1_weight else 0
-            loss = loss + weight * (nll_weight * (t + norm).mean() + l1)
+            loss = loss + weight * (nll_weight * t.mean() + l1)
     return loss.to(dtype)

@@ -84,3 +84,68 @@ def test_probvlm_loss_is_its_four_terms(form):
     cross = term(image, z_text) + term(text, z_image)
     torch.testing.assert_close(loss, term(image, z_image) + term(text, z_text) + 0.3 * cross)
     torch.testing.assert_close(fastprob.probvlm_loss(*text, *image, z_text, z_image, **options), loss)
+
+
+# mu, inv_alpha and beta with a product r a that leaves float32 and a power (r a)^b that does not; ties; one in range.
+OUT_OF_RANGE = [
+    (1e30, 1e30, 0.01),
+    (-1e30, 1e30, 0.005),
+    (1e-30, 1e-30, 0.01),
+    (1e-30, -0.0, 0.01),
+    (0.0, 1e30, 0.5),
+    (2e20, 1e20, 0.02),
+    (1e-25, 1e-20, 0.02),
+    (1e30, 1e-30, 0.5),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("clamp_min", [0.0, 1e-4])
+def test_products_out_of_range(dtype, clamp_min):
+    """The paper's t = (r a)^b where r a over- or underflows and t does not, and its derivatives; a tie stays a tie."""
+    for mu, a, b in OUT_OF_RANGE:
+        if dtype == torch.float64:
+            mu, a, b = mu * (1e140 if abs(mu) > 1 else 1e-140), a * (1e140 if abs(a) > 1 else 1e-140), b / 10
+        inputs = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in (mu, a, b, 0.0)]
+        options = {"eps": 0.0, "clamp_min": clamp_min, "reduction": "none"}
+        with fastprob.backend("reference"):
+            value = fastprob.ggd_nll(*inputs, **options)
+            grads = torch.autograd.grad(value.sum(), inputs, create_graph=True)
+            seconds = torch.autograd.grad(grads[2].sum(), inputs[2])
+        mu, a, b = (mpmath.mpf(x.item()) for x in inputs[:3])
+        tie, r = not (mu and a), abs(mu)
+        t = 0 if tie else (r * a) ** b
+        slopes = [0, 0, 0] if tie else [b * t / mu, b * t / a, t * mpmath.log(r * a)]
+        y = 1 / b
+        expected = max(t, clamp_min) + mpmath.loggamma(1 + y) - (mpmath.log(a) if a else -mpmath.inf)
+        slopes[1] -= 1 / a if a else mpmath.inf
+        slopes[2] -= mpmath.digamma(1 + y) * y**2
+        assert value.item() == pytest.approx(float(expected), rel=1e-6)
+        for grad, slope in zip(grads, [*slopes, -slopes[0]], strict=True):
+            assert grad.item() == pytest.approx(float(slope), rel=1e-5, abs=0)
+        assert seconds[0].isfinite()
+
+
+DEFAULTS = {"form": "paper", "eps": 1e-4, "clamp_min": 1e-4, "clamp_max": 1e3}
+
+
+@pytest.mark.parametrize(
+    ("op", "defaults"),
+    [
+        ("ggd_nll", {**DEFAULTS, "reduction": "mean"}),
+        ("probvlm_loss", {**DEFAULTS, "cross_weight": 1.0, "l1_weight": 0.0, "nll_weight": 1.0}),
+    ],
+)
+def test_defaults(op, defaults):
+    """Without options the result is that of these, and of no others: ties, large residuals and scales near 0 count."""
+    function = getattr(fastprob, op)
+    mu, inv_alpha = torch.tensor([0.0, 1.0, 1e5, -0.3]).double(), torch.tensor([1.0, 2.0, 3.0, 1e-3]).double()
+    tensors = [mu, inv_alpha, torch.tensor([1.5, 2.0, 2.0, 0.7]).double(), 0 * mu]
+    if op == "probvlm_loss":
+        tensors = [*tensors[:3], -mu, 2 * inv_alpha, tensors[2], 0 * mu, 0 * mu + 0.1]
+    value = function(*tensors)
+    torch.testing.assert_close(value, function(*tensors, **defaults), rtol=0, atol=0)
+    for name, default in defaults.items():
+        others = {"form": "released", "reduction": "sum"}
+        other = others.get(name, default * 10 if name != "l1_weight" else 1.0)
+        assert (function(*tensors, **{name: other}) - value).abs() > 1e-6, name
