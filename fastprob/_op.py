@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
@@ -62,7 +62,7 @@ class Op:
     check: Callable[..., None]
     inputs: Callable[..., Sequence]
     sizes: Sequence[tuple[int, ...]]
-    grid: Sequence[dict]
+    grid: Sequence[Mapping[str, object]]
     bench_sizes: Sequence[tuple[int, ...]]
     frozen: Sequence[str]
     is_scalar: Callable[..., bool] | None
@@ -90,7 +90,7 @@ class Op:
         for size in self.sizes:
             tensors = self.inputs(make, *size)
             for options in self.grid:
-                yield tensors, options
+                yield tensors, dict(options)
 
     @property
     def raw(self) -> dict[str, Callable]:
@@ -138,7 +138,7 @@ def operator(
     check: Callable[..., None],
     inputs: Callable[..., Sequence],
     sizes: Sequence[tuple[int, ...]] = EDGE_SHAPES,
-    grid: Sequence[dict[str, object]] = ({},),
+    grid: Sequence[Mapping[str, object]] = ({},),
     bench_sizes: Sequence[tuple[int, ...]] = BENCH_SHAPES,
     frozen: Sequence[str] = (),
     is_scalar: Callable[..., bool] | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastprob._files import write_atomically
 from fastprob.data.labelled import LabelledImages
 from fastprob.encoders import Encoder
+from fastprob.evaluation.tables import markdown, percent
 from fastprob.prompts import figures
 from fastprob.prompts.config import Tuned, check_template, class_embeddings
 from fastprob.prompts.evaluation import Scores, linear_probe, predict, require_scikit_learn, scores, zero_shot
@@ -68,13 +69,12 @@ class Report:
             settings = self.by_setting(trained_on, scored_on)
             if not any(shots is not None for _, shots in settings):
                 continue
-            lines = ["| method | shots | seeds | accuracy | macro-F1 | ECE |", "|---|---|---|---|---|---|"]
+            rows = []
             for (method, shots), scores_by_seed in settings.items():
                 measures = zip(*(astuple(scores) for scores in scores_by_seed.values()))
                 seeds = "" if shots is None else len(scores_by_seed)
-                cells = " | ".join(map(_mean_and_deviation, measures))
-                lines.append(f"| {method} | {_shots_in_words(shots)} | {seeds} | {cells} |")
-            parts += [f"## {heading}", "\n".join(lines)]
+                rows.append((method, _shots_in_words(shots), seeds, *map(percent, measures)))
+            parts += [f"## {heading}", markdown(("method", "shots", "seeds", "accuracy", "macro-F1", "ECE"), rows)]
         if any(result.trained_on == "base" for result in self.results):
             parts += ["## From base to new", self.base_to_new()]
         return "\n\n".join(parts)
@@ -83,22 +83,22 @@ class Report:
         """Markdown: accuracy on all classes, a row a method, a column a number of shots."""
         accuracy = self._accuracy("all", "all")
         columns = sorted({shots for _, shots in accuracy}, key=_rank_of_shots)
-        lines = [f"| method | {' | '.join(map(_shots_in_words, columns))} |", "|---" * (1 + len(columns)) + "|"]
-        for method in dict.fromkeys(method for method, _ in accuracy):
-            cells = [_mean_and_deviation(accuracy.get((method, shots), {}).values()) for shots in columns]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+        rows = [
+            (method, *(percent(accuracy.get((method, shots), {}).values()) for shots in columns))
+            for method in dict.fromkeys(method for method, _ in accuracy)
+        ]
+        return markdown(("method", *map(_shots_in_words, columns)), rows)
 
     def base_to_new(self) -> str:
         """Markdown: accuracies; H, the harmonic mean of base and new, is taken seed by seed."""
         on_new = self._accuracy("base", "new")
-        lines = ["| method | shots | base | new | H |", "|---|---|---|---|---|"]
+        rows = []
         for (method, shots), base in self._accuracy("base", "base").items():
             new = on_new.get((method, shots), {})
             harmonic = [statistics.harmonic_mean((base[seed], new[seed])) for seed in base if seed in new]
-            cells = " | ".join(map(_mean_and_deviation, (base.values(), new.values(), harmonic)))
-            lines.append(f"| {method} | {_shots_in_words(shots)} | {cells} |")
-        return "\n".join(lines)
+            shares = base.values(), new.values(), harmonic
+            rows.append((method, _shots_in_words(shots), *map(percent, shares)))
+        return markdown(("method", "shots", "base", "new", "H"), rows)
 
     def by_setting(self, trained_on: str, scored_on: str) -> dict[tuple[str, int | None], dict[int | None, Scores]]:
         """(method, shots) -> seed -> scores, in the order of the tables."""
@@ -284,12 +284,3 @@ def _rank_of_shots(shots: int | None) -> float:
 
 def _shots_in_words(shots: int | None) -> str:
     return "" if shots is None else str(shots or "all")
-
-
-def _mean_and_deviation(shares: Iterable[float]) -> str:
-    """In percent; empty without any."""
-    percent = [100 * share for share in shares]
-    if not percent:
-        return ""
-    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{deviation}"
