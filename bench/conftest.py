@@ -1,7 +1,9 @@
 """The benches end with one table: times, ratios to fastprob's and the targets beside them.
 
-A case's implementations are timed together, in turns (`measure.py`); each one's test then replays its rounds to
-pytest-benchmark, whose timer here is a clock that moves by the measured seconds.
+    pytest bench [--out results.json] [--minutes 5]
+
+A case's implementations are timed together, in turns (`measure.py`); each one's test then reports its rounds. The
+results are written after every test, so what ends a run early leaves those before it.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import os
+import pathlib
 import platform
+import subprocess
+import time
 from dataclasses import asdict
-from statistics import median, quantiles
+from statistics import quantiles
 
 import pytest
 import torch
@@ -39,20 +45,8 @@ TARGETS = {
     Case("training step", (64, 512), "float32", "step", "cuda"): {"eager as released": (20, "graph")},
 }
 ROWS: dict[Case, dict[str, dict]] = {}  # case -> implementation -> what is reported
-STATS = ("median", "min", "iqr")  # of pytest-benchmark's, what its JSON keeps
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
-CLOCK = Clock()
+LEAST_BYTES: dict[Case, int] = {}  # that a case reads and writes
+START = time.monotonic()
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -60,29 +54,31 @@ CLOCK = Clock()
 
 @pytest.fixture
 def report(request):
-    """`report(case, name, result, least_bytes)`: one implementation's rounds, to pytest-benchmark and the table."""
+    """`report(case, name, result, least_bytes)`: one implementation's rounds, to the table and the file."""
 
     def report(case: Case, name: str, result: Result, least_bytes: int | None = None) -> None:
         if result.error:
             raise result.error
-        benchmark = request.getfixturevalue("benchmark")
-        info = {"case": asdict(case), "implementation": name}
-        time = median(result.rounds)
+        ROWS.setdefault(case, {})[name] = row(result, least_bytes)
         if least_bytes:
-            info["case"]["least_bytes"] = least_bytes
-            info["gb_s"] = significant(least_bytes / (result.graph or time) / 1e9)
-        if result.graph:
-            info["graph_s"] = significant(result.graph)
-        if result.peak_bytes is not None:
-            info["peak_bytes"] = result.peak_bytes
-        benchmark.extra_info |= info
-        durations = iter(result.rounds)
-        benchmark.pedantic(lambda: CLOCK.advance(next(durations)), rounds=len(result.rounds))
-        low, _, high = quantiles(result.rounds, n=4)
-        row = {"time": time, "graph": result.graph, "spread": (high - low) / 2 / time, "info": benchmark.extra_info}
-        ROWS.setdefault(case, {})[name] = row
+            LEAST_BYTES[case] = least_bytes
+        if out := request.config.getoption("out"):
+            write(out)
 
     return report
+
+
+def row(result: Result, least_bytes: int | None) -> dict:
+    """What is reported of one implementation, the rounds themselves left out."""
+    low, middle, high = quantiles(result.rounds, n=4)
+    times = {"median_s": middle, "min_s": min(result.rounds), "iqr_s": high - low, "graph_s": result.graph}
+    row = {name: significant(seconds) for name, seconds in times.items() if seconds is not None}
+    row["rounds"] = len(result.rounds)
+    if least_bytes:
+        row["gb_s"] = significant(least_bytes / (result.graph or middle) / 1e9)
+    if result.peak_bytes is not None:
+        row["peak_bytes"] = result.peak_bytes
+    return row
 
 
 def significant(value: float) -> float:
@@ -90,49 +86,51 @@ def significant(value: float) -> float:
 
 
 def best(case: Case, kind: str) -> float | None:
-    return min((r[kind] for n, r in ROWS[case].items() if n.startswith("fastprob") and r[kind]), default=None)
+    return min((r[kind] for n, r in ROWS[case].items() if n.startswith("fastprob") and kind in r), default=None)
 
 
 def judge(case: Case) -> None:
     """Adds ratios, targets and verdicts to what is reported of a case."""
     for name, row in ROWS[case].items():
-        info = row["info"]
-        for kind in ("time", "graph"):
-            if row["time"] and best(case, kind):
-                info[f"times_fastprob_{kind}"] = significant(row["time"] / best(case, kind))
+        for kind, ours in (("time", best(case, "median_s")), ("graph", best(case, "graph_s"))):
+            if ours:
+                row[f"times_fastprob_{kind}"] = significant(row["median_s"] / ours)
         target, kind = TARGETS.get(case, {}).get(name, (None, "time"))
-        if target and f"times_fastprob_{kind}" in info:
-            info["target"] = f"{target}x {'CUDA graph' if kind == 'graph' else 'wall'}"
-            info["verdict"] = "met" if info[f"times_fastprob_{kind}"] >= target else "missed"
+        if target and f"times_fastprob_{kind}" in row:
+            row["target"] = f"{target}x {'CUDA graph' if kind == 'graph' else 'wall'}"
+            row["verdict"] = "met" if row[f"times_fastprob_{kind}"] >= target else "missed"
 
 
 def table(case: Case) -> list[str]:
     rows = ROWS[case]
-    on_gpu, moves = case.device == "cuda", any("gb_s" in row["info"] for row in rows.values())
+    on_gpu, moves = case.device == "cuda", case in LEAST_BYTES
     head = f"  {'implementation':28}{'time':>11}{'spread':>8}{'/fastprob':>11}"
     head += f"{'graph':>11}{'/graph':>9}{'peak MB':>9}" if on_gpu else ""
     lines = ["", f"{case.op} {list(case.shape)} {case.dtype} {case.direction}, {case.device}"]
     lines.append(head + f"{'GB/s':>8}" * moves)
     for name, row in rows.items():
-        info = row["info"]
-        line = f"  {name:28}{row['time'] * 1e3:8.3f} ms{row['spread']:>8.0%}{times(info, 'time'):>11}"
+        spread = row["iqr_s"] / 2 / row["median_s"]
+        line = f"  {name:28}{milliseconds(row, 'median_s'):>11}{spread:>8.0%}{times(row, 'time'):>11}"
         if on_gpu:
-            graph = f"{row['graph'] * 1e3:8.3f} ms" if row["graph"] else ""
-            line += f"{graph:>11}{times(info, 'graph'):>9}{info['peak_bytes'] / 1e6:9.1f}"
-        line += f"{info['gb_s']:8.1f}" if moves else ""
-        line += f"   target {info['target']}: {info['verdict']}" if "verdict" in info else ""
+            line += f"{milliseconds(row, 'graph_s'):>11}{times(row, 'graph'):>9}{row['peak_bytes'] / 1e6:9.1f}"
+        line += f"{row['gb_s']:8.1f}" if moves else ""
+        line += f"   target {row['target']}: {row['verdict']}" if "verdict" in row else ""
         lines.append(line)
     share = TARGETS.get(case, {}).get("copy bandwidth", (None,))[0]
-    if share and best(case, "graph"):
-        reached = max(r["info"]["gb_s"] for n, r in rows.items() if n.startswith("fastprob")) / copy(case.device)
+    if share and best(case, "graph_s"):
+        reached = max(r["gb_s"] for n, r in rows.items() if n.startswith("fastprob")) / copy(case.device)
         verdict = "met" if reached >= share else "missed"
         lines.append(f"  fastprob in a CUDA graph: {reached:.0%} of copy bandwidth   target {share:.0%}: {verdict}")
     return lines
 
 
-def times(info: dict, kind: str) -> str:
+def milliseconds(row: dict, key: str) -> str:
+    return f"{row[key] * 1e3:.3f} ms" if key in row else ""
+
+
+def times(row: dict, kind: str) -> str:
     key = f"times_fastprob_{kind}"
-    return f"{info[key]:.2f}x" if key in info else ""
+    return f"{row[key]:.2f}x" if key in row else ""
 
 
 @functools.cache
@@ -143,7 +141,7 @@ def copy(device: str) -> float:
 def machine(device: str) -> dict:
     cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "copy_gb_s": round(copy(device), 1),
@@ -155,43 +153,49 @@ def machine(device: str) -> dict:
     }
 
 
+def processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return text.partition("model name\t: ")[2].partition("\n")[0] or platform.machine()
+
+
+def write(path: pathlib.Path) -> None:
+    """Writes what there is so far: the machine, and a case at a time."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    machines = {device: machine(device) for device in dict.fromkeys(case.device for case in ROWS)}
+    cases = []
+    for case, rows in ROWS.items():
+        judge(case)
+        least = {"least_bytes": LEAST_BYTES[case]} if case in LEAST_BYTES else {}
+        cases.append({**asdict(case), **least, "implementations": rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine_info": machines, "commit": commit, "benchmarks": cases}, indent=1) + "\n")
+
+
 # ---- hooks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_addoption(parser):
+    parser.addoption("--out", type=pathlib.Path, help="write the results to this JSON file")
+    parser.addoption("--minutes", type=float, help="skip the cases that have not begun after so many minutes")
+
+
 def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
-    config.option.benchmark_quiet = True  # its table of absolute times; ours says the ratios
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    items.sort(key=lambda item: item.callspec.params["case"] not in TARGETS)  # those first, should time run out
 
 
-def pytest_benchmark_update_machine_info(machine_info):
-    processor = machine_info.get("cpu", {}).get("brand_raw")
-    machine_info.clear()
-    machine_info.update(
-        {"processor": processor}, **{device: machine(device) for device in dict.fromkeys(case.device for case in ROWS)}
-    )
-
-
-def pytest_benchmark_update_json(output_json):
-    """A case at a time, without the rounds: the file is committed."""
-    cases: dict[str, dict] = {}
-    for case in ROWS:
-        judge(case)
-    for one in output_json["benchmarks"]:
-        info = one["extra_info"]
-        case = cases.setdefault(str(info["case"]), {**info.pop("case"), "implementations": {}})
-        stats = {f"{name}_s": significant(one["stats"][name]) for name in STATS}
-        name = info.pop("implementation")
-        case["implementations"][name] = {**stats, "rounds": one["stats"]["rounds"], **info}
-    output_json["benchmarks"] = list(cases.values())
+def pytest_runtest_setup(item):
+    minutes, begun = item.config.getoption("minutes"), item.callspec.params["case"] in ROWS
+    if minutes and not begun and time.monotonic() - START > 60 * minutes:
+        pytest.skip(f"{minutes:g} minutes are over")
 
 
 def pytest_terminal_summary(terminalreporter):

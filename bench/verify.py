@@ -62,8 +62,8 @@ def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
         truth = value_and_grads(op.reference, tensors)
         for baseline, function in BASELINES.get(name, {}).items():
             for actual, expected in zip(value_and_grads(function, tensors), truth):
-                torch.testing.assert_close(
-                    actual, expected, rtol=1e-9, atol=1e-12, msg=f"{baseline} differs from the reference"
+                torch.testing.assert_close(  # plain autograd, of the reference too, is NaN where mu meets a target
+                    actual, expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=f"{baseline} is not the reference"
                 )
     except AssertionError as error:
         return str(error)
