@@ -1,14 +1,16 @@
-# make demo | demo-prompts | test | lint | fmt | bench | gpu | asan | wheel. Everything runs in .venv, which the first target makes.
+# make demo | demo-prompts | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan | wheel |
+# gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts test lint fmt bench gpu asan wheel clean
+.PHONY: demo demo-prompts test test-newest lint fmt bench emulate emulate-some emulated instructions asan wheel clean \
+	gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fastprob demo --out demo-out
@@ -32,20 +34,48 @@ fmt: $(INSTALLED)
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
 bench: $(INSTALLED)
-	mkdir -p bench/results
-	$(PYTHON) -m pytest bench -q -m "not gpu" --benchmark-json=bench/results/cpu.json
+	$(PYTHON) -m pytest bench -q -m "not gpu" --out bench/results/cpu.json
 	$(PYTHON) bench/prompts.py --out bench/results/prompts-cpu.json
 
-# On a machine with a GPU and, perhaps, no network: GPU_PYTHON's own packages are used as they are. The CUDA library is
-# built for this GPU alone, and only the test files that have GPU tests are imported.
+# On a machine with a GPU and, perhaps, no network: GPU_PYTHON's packages, torch above all, stay as they are. fastprob, built
+# for this GPU alone, and the wheels that gpu-wheels gathered elsewhere are laid over them. Each target goes on where a
+# part of it fails, writes what it has, and is to end within eight minutes.
 GPU_PYTHON ?= python3
+GPU_OUT ?= bench/results
+GPU_SITE := $(abspath build/gpu-site)
+GPU_WHEELS := build/gpu-wheels
+GPU_RUN := PYTHONPATH=$(GPU_SITE) $(GPU_PYTHON) -P
+GPU_PACKAGES := open_clip_torch ftfy wcwidth regex safetensors tqdm pillow scikit-learn scipy joblib threadpoolctl narwhals \
+	pytest pytest-timeout pytest-xdist execnet iniconfig packaging pluggy pygments hypothesis sortedcontainers \
+	"setuptools>=77,<82"
+
 gpu:
-	arch=$$($(GPU_PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") && \
-		TORCH_CUDA_ARCH_LIST=$$arch $(GPU_PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m pytest -q -m gpu $$(grep -l pytest.mark.gpu tests/test_*.py)
-	mkdir -p bench/results
-	$(GPU_PYTHON) -m pytest bench -q -m gpu --benchmark-json=bench/results/gpu.json
-	$(GPU_PYTHON) bench/prompts.py --device cuda --out bench/results/prompts-gpu.json
+	$(MAKE) --keep-going gpu-test gpu-bench gpu-prompts
+
+gpu-test: gpu-site
+	status=0; for file in $$(grep -l pytest.mark.gpu tests/test_*.py); do \
+		$(GPU_RUN) -m pytest -q -m gpu -n 8 --dist worksteal $$file || status=1; done; exit $$status
+
+gpu-bench: gpu-site
+	$(GPU_RUN) -m pytest bench -q -m gpu --minutes 5 --out $(GPU_OUT)/gpu.json
+
+gpu-prompts: gpu-site
+	$(GPU_RUN) bench/prompts.py --device cuda --out $(GPU_OUT)/prompts-gpu.json
+
+gpu-site:
+	$(GPU_PYTHON) -c "import torch; torch.cuda.is_available() or exit('no GPU that torch can use')"
+	mkdir -p $(GPU_SITE)
+	! ls $(GPU_WHEELS)/*.whl > /dev/null 2>&1 || $(GPU_PYTHON) -m pip install -q --no-index --no-deps --upgrade \
+		--target $(GPU_SITE) $(GPU_WHEELS)/*.whl
+	$(GPU_RUN) -c "import pytest, xdist" || { echo "make gpu-wheels, with a network, gathers what is missing"; exit 1; }
+	TORCH_CUDA_ARCH_LIST=$$($(GPU_PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
+		$(GPU_RUN) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target $(GPU_SITE) .
+
+gpu-wheels: $(INSTALLED)
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach glibc,17 24 27 28,--platform manylinux_2_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+		-d $(GPU_WHEELS) $(GPU_PACKAGES)
+	du -sh $(GPU_WHEELS)
 
 # The C++ CPU kernels under the address and undefined-behaviour sanitizers.
 asan: $(INSTALLED)
@@ -55,11 +85,56 @@ asan: $(INSTALLED)
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 		../$(PYTHON) -m pytest -q -p no:cacheprovider test_ops.py -k "budget or extreme or nan_inf or layout or bits"
 
+# The CUDA kernels compiled as C++ (tests/emulation) and run by the tests on a CPU, in the place of its own kernels:
+# exact, and with every approximate instruction as wrong as documented. emulate-some is a part of it.
+EMULATED := build/emulated
+EMULATED_OBJECTS := $(patsubst csrc/cuda/%.cu,$(EMULATED)/%.o,$(wildcard csrc/cuda/*.cu))
+EMULATED_NOT := $(filter-out $(basename $(notdir $(EMULATED_OBJECTS))),$(basename $(notdir $(wildcard fastprob/ops/[a-z]*.py))))
+EMULATED_KEY := not (own_ $(patsubst %,or %,$(EMULATED_NOT)))
+TORCH = $(shell $(PYTHON) -c "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)")
+
+emulate: ERRORS := exact up down mixed
+emulate: CHOSEN := $(EMULATED_KEY)
+emulate-some: ERRORS := exact mixed
+emulate-some: CHOSEN := $(EMULATED_KEY) and (native or budget or extreme or nan or bits or blocks or asked or scale)
+emulate emulate-some: emulated
+	cd tests && for error in $(ERRORS); do \
+		EMULATED_ERROR=$$error PYTHONPATH=$(abspath $(EMULATED)) OMP_NUM_THREADS=1 $(abspath $(PYTHON)) -m pytest -q \
+			-p no:cacheprovider -n 2 --dist worksteal test_ops.py test_native.py test_cuda.py -k "$(CHOSEN)" || exit; done
+
+emulated: $(EMULATED_OBJECTS)
+	rm -rf $(EMULATED)/fastprob && mkdir $(EMULATED)/fastprob
+	ln -s $(abspath $(filter-out %.so,$(wildcard fastprob/*)) kernels) $(EMULATED)/fastprob
+	$(CXX) -shared -o $(EMULATED)/fastprob/_cpu_portable.abi3.so $^ -L$(TORCH)/lib -ltorch -ltorch_cpu -lc10
+
+$(EMULATED)/%.o: csrc/cuda/%.cu $(SOURCES) $(INSTALLED)
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -march=native -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden -Wall \
+		-Wno-unknown-pragmas -fsanitize=alignment -fsanitize-undefined-trap-on-error \
+		-DTORCH_TARGET_VERSION=0x020a000000000000 -Itests/emulation -include cuda_runtime.h \
+		-isystem $(TORCH)/include -isystem $(TORCH)/include/torch/csrc/api/include -x c++ -c $< -o $@
+
+# The table of instructions per element, after a change that is meant to change it.
+instructions: $(INSTALLED)
+	$(PYTHON) tests/instructions.py
+
 wheel: $(INSTALLED)
 	$(PYTHON) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
+# The wheel under the newest torch that pip finds, or that TORCH_INDEX has for the CPU, and a later Python.
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python3) python3.12)
+TORCH_INDEX ?=
+NEWEST := .venv-newest/bin/python
+test-newest: wheel
+	test -x $(NEWEST) || $(PYTHON312) -m venv .venv-newest
+	$(NEWEST) -m pip install -q --upgrade $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(NEWEST) -m pip install -q numpy scipy mpmath hypothesis pytest pytest-timeout pytest-xdist
+	$(NEWEST) -m pip install -q --no-deps --force-reinstall $$(ls -t dist/fastprob-*.whl | head -1)
+	cd tests && OMP_NUM_THREADS=1 ../$(NEWEST) -m pytest -q -n 2 --dist worksteal -p no:cacheprovider \
+		test_ops.py test_distributions.py test_nn.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastprob/*.so
+	rm -rf $(VENV) .venv-newest build dist *.egg-info fastprob/*.so
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py $(SOURCES)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
