@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 # What a result may differ by from float64 truth, beyond twice the reference's own error, relative to max(1, |truth|).
 EPSILON = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Twice the reference's own error; four times where a GPU's every approximation is to be as wrong as its documentation
+# allows, at parameters for which large terms cancel (`make emulate`).
+FACTOR = 2 if os.environ.get("EMULATED_ERROR", "exact") == "exact" else 4
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,7 @@ def overflows(truth, dtype):
 
 
 def assert_within_budget(actual, reference, truth, what="", exempt=False):
-    """|actual - truth| <= 2 max|reference - truth| + epsilon, both relative to max(1, |truth|); NaN and inf alike."""
+    """|actual - truth| <= FACTOR max|reference - truth| + epsilon, relative to max(1, |truth|); NaN and inf alike."""
     assert actual.dtype == reference.dtype and actual.shape == truth.shape, what
     if not truth.numel():
         return
@@ -87,7 +92,7 @@ def assert_within_budget(actual, reference, truth, what="", exempt=False):
         same = (value == truth) | (value.isnan() & truth.isnan()) | exempt
         return torch.where(same, 0.0, (value - truth).abs() / scale)
 
-    bound = 2 * error(reference).nan_to_num(0, 0).max() + EPSILON[actual.dtype]
+    bound = FACTOR * error(reference).nan_to_num(0, 0).max() + EPSILON[actual.dtype]
     worst = error(actual)
     assert not worst.isnan().any(), f"{what}: NaN where the truth is {truth[worst.isnan()][:3]}, or not where it is NaN"
     assert worst.max() <= bound, (
