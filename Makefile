@@ -1,5 +1,5 @@
-# make demo | demo-prompts | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan | wheel |
-# gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which the first target makes.
+# make demo | demo-prompts | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan |
+# wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -37,16 +37,16 @@ bench: $(INSTALLED)
 	$(PYTHON) -m pytest bench -q -m "not gpu" --out bench/results/cpu.json
 	$(PYTHON) bench/prompts.py --out bench/results/prompts-cpu.json
 
-# On a machine with a GPU and, perhaps, no network: GPU_PYTHON's packages, torch above all, stay as they are. fastprob, built
-# for this GPU alone, and the wheels that gpu-wheels gathered elsewhere are laid over them. Each target goes on where a
-# part of it fails, writes what it has, and is to end within eight minutes.
+# On a machine with a GPU and, perhaps, no network: GPU_PYTHON's packages, torch above all, stay as they are. fastprob,
+# built for this GPU alone, and the wheels that gpu-wheels gathered elsewhere are laid over them. Each target goes on
+# where a part of it fails, writes what it has, and is to end within eight minutes.
 GPU_PYTHON ?= python3
 GPU_OUT ?= bench/results
 GPU_SITE := $(abspath build/gpu-site)
 GPU_WHEELS := build/gpu-wheels
 GPU_RUN := PYTHONPATH=$(GPU_SITE) $(GPU_PYTHON) -P
-GPU_PACKAGES := open_clip_torch ftfy wcwidth regex safetensors tqdm pillow scikit-learn scipy joblib threadpoolctl narwhals \
-	pytest pytest-timeout pytest-xdist execnet iniconfig packaging pluggy pygments hypothesis sortedcontainers \
+GPU_PACKAGES := open_clip_torch ftfy wcwidth regex safetensors tqdm pillow scikit-learn scipy joblib threadpoolctl \
+	narwhals pytest pytest-timeout pytest-xdist execnet iniconfig packaging pluggy pygments hypothesis sortedcontainers \
 	"setuptools>=77,<82"
 
 gpu:
@@ -57,7 +57,7 @@ gpu-test: gpu-site
 		$(GPU_RUN) -m pytest -q -m gpu -n 8 --dist worksteal $$file || status=1; done; exit $$status
 
 gpu-bench: gpu-site
-	$(GPU_RUN) -m pytest bench -q -m gpu --minutes 5 --out $(GPU_OUT)/gpu.json
+	$(GPU_RUN) -m pytest bench -q -m gpu --continue-on-collection-errors --minutes 5 --out $(GPU_OUT)/gpu.json
 
 gpu-prompts: gpu-site
 	$(GPU_RUN) bench/prompts.py --device cuda --out $(GPU_OUT)/prompts-gpu.json
@@ -88,9 +88,10 @@ asan: $(INSTALLED)
 # The CUDA kernels compiled as C++ (tests/emulation) and run by the tests on a CPU, in the place of its own kernels:
 # exact, and with every approximate instruction as wrong as documented. emulate-some is a part of it.
 EMULATED := build/emulated
-EMULATED_OBJECTS := $(patsubst csrc/cuda/%.cu,$(EMULATED)/%.o,$(wildcard csrc/cuda/*.cu))
-EMULATED_NOT := $(filter-out $(basename $(notdir $(EMULATED_OBJECTS))),$(basename $(notdir $(wildcard fastprob/ops/[a-z]*.py))))
-EMULATED_KEY := not (own_ $(patsubst %,or %,$(EMULATED_NOT)))
+EMULATED_NAMES := $(basename $(notdir $(wildcard csrc/cuda/*.cu)))
+EMULATED_OBJECTS := $(EMULATED_NAMES:%=$(EMULATED)/%.o)
+OPERATORS := $(basename $(notdir $(wildcard fastprob/ops/[a-z]*.py)))
+EMULATED_KEY := not (own_ $(patsubst %,or %,$(filter-out $(EMULATED_NAMES),$(OPERATORS))))
 TORCH = $(shell $(PYTHON) -c "import importlib.util as u; print(*u.find_spec('torch').submodule_search_locations)")
 
 emulate: ERRORS := exact up down mixed
