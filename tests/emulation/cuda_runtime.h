@@ -2,8 +2,8 @@
 //
 // Blocks run one after the other, in a shuffled order. A block's threads are fibers that run until they wait for each
 // other, in an order shuffled again after every barrier: what depends on the order of threads or blocks shows in the
-// results. A barrier that not all threads reach ends the process. What it does not see: missing fences, and races of
-// which no order of whole stretches between barriers makes use.
+// results. A barrier that not all threads reach ends the process. What it does not see: races of which no order of
+// whole stretches between barriers makes use.
 #pragma once
 
 // First of all, as they ask whether a GPU's compiler is at work.
@@ -179,19 +179,11 @@ inline void run_grid(const std::function<void()>& body) {
 // ---- what device code calls -----------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulation::block.wait(emulation::State::waits_for_block); }
-inline void __threadfence() {}
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned offset) {
   if (mask != 0xffffffffu) emulation::fail("shuffles are of whole warps");
   return emulation::block.from_lane_above(value, offset);
-}
-
-template <typename T>
-T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address += value;
-  return before;
 }
 
 // ---- what host code calls -------------------------------------------------------------------------------------------
