@@ -1,6 +1,9 @@
 """What the tests of prompt training and evaluation share: small runs of every method on thickened digits."""
 
+import pytest
 import torch
+
+pytest.importorskip("open_clip")
 
 from fastprob.prompts import PromptConfig, fit
 

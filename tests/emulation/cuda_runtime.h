@@ -46,9 +46,6 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
