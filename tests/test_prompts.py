@@ -6,10 +6,13 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
+
+pytest.importorskip("open_clip")
+
+import open_clip
 
 from fastprob.prompts import DAPT, VPT, CoCoOp, CoOp, PromptTextEncoder, prototypes
 from fastprob.prompts.tokens import prompt_tokens
