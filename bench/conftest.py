@@ -3,7 +3,8 @@
     pytest bench [--out results.json] [--minutes 5]
 
 A case's implementations are timed together, in turns (`measure.py`); each one's test then reports its rounds. The
-results are written after every test, so what ends a run early leaves those before it.
+results are written after every test, so what ends a run early leaves those before it. Where pytest-benchmark is
+installed the rounds are replayed to it, for its own files and comparisons (`--benchmark-save`, `--benchmark-compare`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,21 @@ LEAST_BYTES: dict[Case, int] = {}  # that a case reads and writes
 START = time.monotonic()
 
 
+class Clock:
+    """The timer that pytest-benchmark gets here: it moves by the seconds that were measured."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
 # ---- report ---------------------------------------------------------------------------------------------------------
 
 
@@ -64,6 +80,10 @@ def report(request):
             LEAST_BYTES[case] = least_bytes
         if out := request.config.getoption("out"):
             write(out)
+        if request.config.pluginmanager.hasplugin("benchmark"):
+            seconds = iter(result.rounds)
+            benchmark = request.getfixturevalue("benchmark")
+            benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=len(result.rounds))
 
     return report
 
@@ -180,13 +200,17 @@ def pytest_addoption(parser):
     parser.addoption("--minutes", type=float, help="skip the cases that have not begun after so many minutes")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
+    config.option.benchmark_quiet = True  # its table of absolute times; ours says the ratios
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
+        if config.pluginmanager.hasplugin("benchmark"):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=str(item.callspec.params["case"])))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     items.sort(key=lambda item: item.callspec.params["case"] not in TARGETS)  # those first, should time run out
