@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Gamma, Laplace, Normal, constraints, register_kl
 from torch.distributions.utils import broadcast_all
 
-from fastprob.ops import _ggd
+from fastprob.ops._maths import wide
 from fastprob.ops.ggd_nll import ggd_nll
 from fastprob.ops.ggd_variance import ggd_variance
 
@@ -80,18 +80,18 @@ class GeneralizedNormal(Distribution):
     @property
     def variance(self) -> Tensor:
         """scale^2 Gamma(3/power) / Gamma(1/power), by `fastprob.ggd_variance`."""
-        scale, power = _ggd.wide(self.scale, self.power)
+        scale, power = wide(self.scale, self.power)
         return ggd_variance(1 / scale, power).to(self.loc.dtype)
 
     @property
     def stddev(self) -> Tensor:
         """scale sqrt(Gamma(3/power) / Gamma(1/power)), also where the variance overflows or underflows."""
-        scale, power = _ggd.wide(self.scale, self.power)
+        scale, power = wide(self.scale, self.power)
         return (scale * ggd_variance(torch.ones_like(power), power).sqrt()).to(self.loc.dtype)
 
     def entropy(self) -> Tensor:
         """1/power + log(2 scale Gamma(1 + 1/power)), in nats."""
-        scale, power = _ggd.wide(self.scale, self.power)
+        scale, power = wide(self.scale, self.power)
         return (1 / power + _log_normaliser(scale, power)).to(self.loc.dtype)
 
     def log_prob(self, value: Tensor | float) -> Tensor:
@@ -132,7 +132,7 @@ class GeneralizedNormal(Distribution):
         is good to about 1e-3.
         """
         dtype = self.loc.dtype
-        loc, scale, power = _ggd.wide(self.loc, self.scale, self.power)
+        loc, scale, power = wide(self.loc, self.scale, self.power)
         shape = self._extended_shape(sample_shape)
         gamma = Gamma(1 + 1 / power, torch.ones_like(power), validate_args=False).rsample(sample_shape)
         never_0 = torch.finfo(loc.dtype).eps / 2 - 1  # 0 times a power of G that overflows would be NaN
@@ -144,7 +144,7 @@ class GeneralizedNormal(Distribution):
         if not isinstance(value, Tensor):
             value = torch.as_tensor(value, dtype=self.loc.dtype, device=self.loc.device)
         dtype = torch.promote_types(self.loc.dtype, value.dtype)
-        return dtype, _ggd.wide(*(t.to(dtype) for t in (value, self.loc, self.scale, self.power)))
+        return dtype, wide(*(t.to(dtype) for t in (value, self.loc, self.scale, self.power)))
 
 
 def _parameters(*values: Tensor | float) -> tuple[Tensor, ...]:
@@ -322,7 +322,7 @@ def _kl(p: Distribution, q: Distribution) -> Tensor:
     p, q = _as_generalized(p), _as_generalized(q)
     dtype = torch.promote_types(p.loc.dtype, q.loc.dtype)
     parameters = (t.to(dtype) for t in (p.loc, p.scale, p.power, q.loc, q.scale, q.power))
-    loc, scale, b, other_loc, other_scale, s = _ggd.wide(*parameters)
+    loc, scale, b, other_loc, other_scale, s = wide(*parameters)
     shift = (loc - other_loc) / other_scale
     is_shifted = shift.abs() > 0  # not for NaN, whose KL is NaN
     is_unknown = is_shifted & (s != 2)

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fastprob.kernels import _maths
-from fastprob.kernels._maths import INF, NAN, load, parameter, store  # noqa: F401, for kernels that import them from here
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastprob.kernels import _ggd
+from fastprob.kernels import _maths
 from fastprob.ops.gaussian_potential import SHORTEST, points, rounding, slope, width
 
 TILE = 2048  # points: 16 MB of float32 potentials, a third of an H200's L2, and one wave of a product's own tiles
@@ -83,7 +83,7 @@ class _Tiles:
         with torch.cuda.device_of(gram):
             _tile[grid](
                 gram, self.squares, partials, self.width, nearest, m, n, self.count, self.size, rounding(self.w), ROWS,
-                BLOCK, num_warps=WARPS
+                BLOCK, num_warps=WARPS * gram.element_size() // 4
             )  # fmt: skip
 
     def nearest(self):
@@ -120,7 +120,7 @@ def _tile(
     j = column + tl.arange(0, BLOCK)
     n = first_column + j
     square_n = tl.load(squares + n, mask=n < count, other=0.0)
-    limit = _ggd.parameter(rounding, square_n.dtype)
+    limit = _maths.parameter(rounding, square_n.dtype)
     to_columns = tl.zeros((BLOCK,), square_n.dtype)
     for start in tl.static_range(0, BLOCK, ROWS):
         i = row + start + tl.arange(0, ROWS)
@@ -129,7 +129,7 @@ def _tile(
         mask = (m < count)[:, None] & (n < count)[None, :]
         square = tl.load(squares + m, mask=m < count, other=0.0)[:, None] + square_n[None, :]
         distance = square - 2 * tl.load(at)  # the block holds whole tiles: no mask, which would split its accesses
-        distance = tl.where(mask & (m[:, None] != n[None, :]), distance, _ggd.INF)
+        distance = tl.where(mask & (m[:, None] != n[None, :]), distance, _maths.INF)
         if partials is None:
             tl.store(at, distance)
         else:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastprob.kernels import _ggd, _launch
+from fastprob.kernels import _launch, _maths
 
 
 def prototype_dispersion(x, prototypes, labels):
@@ -77,13 +77,13 @@ def _points(
     mask = column < dim
     label = tl.load(labels + b)
     inside = (label >= 0) & (label < classes)
-    d = _ggd.load(x, b * dim + column, mask) - _ggd.load(prototypes, label * dim + column, mask & inside)
-    d = tl.where(inside, d, _ggd.NAN)
+    d = _maths.load(x, b * dim + column, mask) - _maths.load(prototypes, label * dim + column, mask & inside)
+    d = tl.where(inside, d, _maths.NAN)
     if partials is not None:
         squares = tl.sum(tl.where(mask, d * d, 0.0))
         tl.store(partials + b * tl.num_programs(1) + tl.program_id(1), squares.to(tl.float64))
     if NEEDED:
-        _ggd.store(out, b * dim + column, 2 * _launch.gradient_scale(grad, n, d.dtype) * d, mask)
+        _maths.store(out, b * dim + column, 2 * _launch.gradient_scale(grad, n, d.dtype) * d, mask)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -92,11 +92,11 @@ def _classes(x, prototypes, points, bounds, grad, out, n, dim, BLOCK: tl.constex
     c = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = column < dim
-    prototype = _ggd.load(prototypes, c * dim + column, mask)
+    prototype = _maths.load(prototypes, c * dim + column, mask)
     total = tl.zeros((BLOCK,), tl.float64)
     at, end = tl.load(bounds + c), tl.load(bounds + c + 1)
     while at < end:  # the interpreter's range takes no tensor
-        total += (_ggd.load(x, tl.load(points + at) * dim + column, mask) - prototype).to(tl.float64)
+        total += (_maths.load(x, tl.load(points + at) * dim + column, mask) - prototype).to(tl.float64)
         at += 1
     scale = 2 * _launch.gradient_scale(grad, n, prototype.dtype)
-    _ggd.store(out, c * dim + column, -scale * total.to(prototype.dtype), mask)
+    _maths.store(out, c * dim + column, -scale * total.to(prototype.dtype), mask)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import OPS, Detached, Indices, Mask, operator
-from fastprob.ops._ggd import wide
+from fastprob.ops._maths import wide
 
 
 def unchecked(**_):

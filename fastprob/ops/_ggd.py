@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastprob._op import one_of
 from fastprob.ops._maths import power_of_product, sign
-from fastprob.ops._maths import wide as wide  # for operators that import it from here
 
 FORMS = ("paper", "released")
 EDGES = {"eps": 0.0, "clamp_min": 0.0, "clamp_max": 2.0}  # options to test

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import one_of, operator
-from fastprob.ops._ggd import wide
+from fastprob.ops._maths import wide
 
 REDUCTIONS = ("mean", "sum", "logmean")
 SHORTEST = 1e-12  # the least norm that normalize divides by, as F.normalize's

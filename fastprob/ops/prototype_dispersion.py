@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import Indices, operator
-from fastprob.ops._ggd import wide
+from fastprob.ops._maths import wide
 
 
 def _check(*, x, prototypes, labels):
