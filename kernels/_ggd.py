@@ -28,7 +28,8 @@ def residual(d, a, b, inv_a, clamp_min, clamp_max, PAPER: tl.constexpr, FAST: tl
     r = tl.abs(d)
     if PAPER:
         t, log_u = _maths.power(r, _maths.factor(a, FAST), b, FAST)
-        fixed = (t < clamp_min) | (t > clamp_max) | (log_u == -_maths.INF)
+        tie = (log_u == -_maths.INF) | (t == 0)  # or an infinite b, times which 0 is NaN
+        fixed = (t < clamp_min) | (t > clamp_max) | tie
         bt = b * t
         grad_d, grad_a, grad_b = bt / d, bt * inv_a, t * log_u
     else:

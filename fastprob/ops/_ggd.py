@@ -65,7 +65,7 @@ def residual_gradient(
         d, a = torch.where(tie, 1, d), torch.where(tie, 1, a)
         t, log_u = power_of_product(d.abs(), a, b)
         partials = b * t / d, b * t / a, t * log_u
-        clamped = tie | (t < clamp_min) | (t > clamp_max)
+        clamped = tie | (t == 0) | (t < clamp_min) | (t > clamp_max)  # 0: an infinite b, times which 0 is NaN
     else:
         r = d.abs()
         t, partials = r * a * b, (a * b * sign(d), r * b, r * a)

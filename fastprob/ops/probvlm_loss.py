@@ -13,7 +13,7 @@ def _check(*, form, eps, clamp_min, clamp_max, **_):
 
 
 WEIGHTS: tuple[dict, ...] = ({}, {"cross_weight": 0.1, "l1_weight": 1.0, "nll_weight": 0.05})
-EDGES = {"cross_weight": 0.0, "l1_weight": 1.0}
+EDGES = {**_ggd.EDGES, "cross_weight": 0.0, "l1_weight": 1.0}
 
 
 def _inputs(make, *shape):
