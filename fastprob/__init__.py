@@ -7,6 +7,7 @@ from fastprob._version import __version__
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.ggd_nll import ggd_nll
 from fastprob.ops.ggd_variance import ggd_variance
+from fastprob.ops.mc_dropout import mc_dropout
 from fastprob.ops.probvlm_loss import probvlm_loss
 from fastprob.ops.prototype_dispersion import prototype_dispersion
 
@@ -28,6 +29,7 @@ __all__ = [
     "ggd_nll",
     "ggd_variance",
     "info",
+    "mc_dropout",
     "nn",
     "probvlm_loss",
     "prompts",
