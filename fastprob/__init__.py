@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastprob._version import __version__
+from fastprob.dropout import mc_dropout_passes
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.ggd_nll import ggd_nll
 from fastprob.ops.ggd_variance import ggd_variance
@@ -30,6 +31,7 @@ __all__ = [
     "ggd_variance",
     "info",
     "mc_dropout",
+    "mc_dropout_passes",
     "nn",
     "probvlm_loss",
     "prompts",

@@ -29,11 +29,13 @@ def words(group: Tensor, *, seed: int, stream: int, draw: int = 0) -> tuple[Tens
     return c0, c1, c2, c3
 
 
-def kept(passes: int, units: int, *, p: float, seed: int, device: torch.device, stream: int = 0) -> Tensor:
-    """[passes, units] bool: what dropout of probability p keeps. Element pass * units + unit is dropped where its
-    number is below floor(p 2^32).
+def kept(
+    passes: int, units: int, *, p: float, seed: int, device: torch.device, stream: int = 0, first: int = 0
+) -> Tensor:
+    """[passes, units] bool: what dropout of probability p keeps in the passes from `first` on. Element
+    pass * units + unit is dropped where its number is below floor(p 2^32).
     """
-    count = passes * units
-    group = torch.arange((count + 3) // 4, device=device)
-    numbers = torch.stack(words(group, seed=seed, stream=stream), 1).flatten()[:count]
+    start, end = first * units, (first + passes) * units
+    group = torch.arange(start >> 2, (end + 3) >> 2, device=device)
+    numbers = torch.stack(words(group, seed=seed, stream=stream), 1).flatten()[start & 3 :][: end - start]
     return (numbers >= int(p * 2**32)).view(passes, units)
