@@ -1,9 +1,9 @@
 """Monte-Carlo dropout of any module: mean and variance of its outputs over passes with dropout.
 
-A pass is one thinned network, applied to every row. The mask of the k-th dropout layer is over its input's shape without
-the batch, of `nn.Dropout1d` to `3d` over its channels, and comes from the seed alone: pass m drops unit i where Philox's
-number of element m units + i in stream k is below floor(p 2^32); see `fastprob/ops/_random.py`. So a row's result depends
-on no other row, and rows are compared under the same networks.
+A pass is one thinned network, applied to every row. The mask of the k-th dropout layer is over its input's shape
+without the batch, of `nn.Dropout1d` to `3d` over its channels, and comes from the seed alone: pass m drops unit i
+where Philox's number of element m units + i in stream k is below floor(p 2^32); see `fastprob/ops/_random.py`. So a
+row's result depends on no other row, and rows are compared under the same networks.
 
 What is run is a copy of the module's structure that shares its parameters: the module itself is only read, and other
 threads may use it meanwhile.
