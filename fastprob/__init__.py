@@ -7,6 +7,7 @@ from fastprob._version import __version__
 from fastprob.dropout import mc_dropout_passes
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.ggd_sample import ggd_sample
 from fastprob.ops.ggd_variance import ggd_variance
 from fastprob.ops.mc_dropout import mc_dropout
 from fastprob.ops.probvlm_loss import probvlm_loss
@@ -28,6 +29,7 @@ __all__ = [
     "evaluation",
     "gaussian_potential",
     "ggd_nll",
+    "ggd_sample",
     "ggd_variance",
     "info",
     "mc_dropout",

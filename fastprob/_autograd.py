@@ -92,6 +92,7 @@ def _gradient_function(op: Op) -> type[torch.autograd.Function]:
     moving = [r.kind.differentiable for r in op.results]
     is_moving = [True] * sum(moving) + [a.kind.differentiable for a in op.arguments] + [False] * moving.count(False)
     count = len(is_moving)
+    implicit = [op.tensors.index(name) for name in op.implicit]
 
     class Gradient(torch.autograd.Function):
         """(needs, gradients of results, tensors, constant results, options) -> a gradient for every tensor."""
@@ -112,6 +113,9 @@ def _gradient_function(op: Op) -> type[torch.autograd.Function]:
             inputs, options = list(ctx.saved_tensors), dict(zip(names, ctx.option_values))
             if "seed" in options and any(_is_batched(t) for t in inputs if t is not None):
                 raise RuntimeError(f"{op.name}: second derivatives under vmap would draw other random numbers")
+            for i in implicit:
+                if ctx.needs >> i & 1 or ctx.needs_input_grad[1 + sum(moving) + i]:
+                    raise NotImplementedError(f"{op.name}: {op.tensors[i]} must be detached for second derivatives")
             places = [i for i, t in enumerate(inputs) if is_moving[i] and t is not None]
 
             def wanted(*moved):

@@ -67,6 +67,7 @@ class Op:
     frozen: Sequence[str]
     is_scalar: Callable[..., bool] | None
     elementwise: bool
+    implicit: Sequence[str]
     # Read off the reference. All at once: Dynamo does not enter what computes a property when it is first read.
     name: str = field(init=False)
     signature: inspect.Signature = field(init=False)
@@ -143,6 +144,7 @@ def operator(
     frozen: Sequence[str] = (),
     is_scalar: Callable[..., bool] | None = None,
     elementwise: bool = True,
+    implicit: Sequence[str] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Registers the decorated reference as `torch.ops.fastprob.<name>` and returns the function that users call.
 
@@ -163,10 +165,12 @@ def operator(
         frozen: tensors that want no gradient as a rule.
         is_scalar: `is_scalar(**options)`, where true the forward pass computes the gradients too.
         elementwise: broadcast the tensors to one shape; otherwise `check` says which shapes go together.
+        implicit: tensors whose gradient is a draw's by implicit reparameterisation: it is that of expectations, not of
+            the result at a fixed seed, and has no derivatives.
     """
 
     def register(reference: Callable[P, R]) -> Callable[P, R]:
-        op = Op(reference, gradient, check, inputs, sizes, grid, bench_sizes, frozen, is_scalar, elementwise)
+        op = Op(reference, gradient, check, inputs, sizes, grid, bench_sizes, frozen, is_scalar, elementwise, implicit)
         _define(op)
         op.function = functools.wraps(reference)(_function(op))
         OPS[op.name] = op
