@@ -67,8 +67,22 @@ def released_dispersion(x: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor
     return F.mse_loss(x, prototypes[labels])
 
 
+def eager_draw(mu: Tensor, inv_alpha: Tensor, beta: Tensor) -> Tensor:
+    """A draw as torch.distributions takes it, by torch's generator and with its gradients."""
+    a, b = inv_alpha + 1e-4, beta + 1e-4
+    gamma = torch._standard_gamma(1 + 1 / b)
+    return (mu + (2 * torch.rand_like(mu) - 1) * gamma.pow(1 / b) / a)[None]
+
+
+def best_csd(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tensor) -> Tensor:
+    """PCME++'s distance without its [N, M, D]."""
+    spread = variance.sum(1)[:, None] + other_variance.sum(1)
+    return torch.cdist(mean, other_mean).square() + spread
+
+
 # Operator -> name of a baseline -> the operator's tensors to its result, in the paper's form.
 BASELINES = {
+    "csd": {"eager best": best_csd},
     "probvlm_loss": {
         "eager as released": lambda *t: released_loss(t[:3], t[3:6], *t[6:], power=True),
         "eager best": lambda *t: best_loss(t[:3], t[3:6], *t[6:]),
@@ -77,6 +91,7 @@ BASELINES = {
         "eager as released": lambda *t: released_term(*t, power=True),
         "eager best": best_term,
     },
+    "ggd_sample": {"eager": eager_draw},
     "ggd_variance": {"eager best": best_variance},
     "gaussian_potential": {"eager as released": released_potential, "eager best": best_potential},
     "prototype_dispersion": {"eager as released": released_dispersion},

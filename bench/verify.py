@@ -60,7 +60,8 @@ def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
         *_, (tensors, _) = op.samples(tests_conftest.maker())
         tensors = tests_conftest.leaves_of(tensors)
         truth = value_and_grads(op.reference, tensors)
-        for baseline, function in BASELINES.get(name, {}).items():
+        baselines = {} if op.implicit else BASELINES.get(name, {})  # which draw other numbers
+        for baseline, function in baselines.items():
             for actual, expected in zip(value_and_grads(function, tensors), truth):
                 torch.testing.assert_close(  # plain autograd, of the reference too, is NaN where mu meets a target
                     actual, expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=f"{baseline} is not the reference"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastprob._version import __version__
 from fastprob.dropout import mc_dropout_passes
+from fastprob.ops.csd import csd
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.ggd_nll import ggd_nll
 from fastprob.ops.ggd_sample import ggd_sample
@@ -23,6 +24,7 @@ __all__ = [
     "adapters",
     "backend",
     "compat",
+    "csd",
     "data",
     "distributions",
     "encoders",
