@@ -131,7 +131,5 @@ def mc_dropout(
     hidden = torch.where(hidden.isfinite().all(dim=1, keepdim=True), hidden, torch.nan)
     keep = kept(passes, hidden.shape[1], p=p, seed=seed, device=hidden.device)
     mean = sum(u for _, _, u in _passes(hidden, constant, fold, keep, p)) / passes
-    squares = sum(
-        product(u - mean, last, products).square() for _, _, u in _passes(hidden, constant, fold, keep, p)
-    )
+    squares = sum(product(u - mean, last, products).square() for _, _, u in _passes(hidden, constant, fold, keep, p))
     return (mean @ last.T).to(dtype), (squares / passes).to(dtype)
