@@ -113,8 +113,8 @@ def mc_dropout(
         seed: of the masks, the same bits on every device: pass m drops unit k where Philox4x32-10's number of element
             m H + k is below floor(p 2^32); see `fastprob/ops/_random.py`.
         products: of float32 tensors with `last`: "float32", on a GPU in the precision that torch is set to for it, or
-            "bfloat16", several times as fast where a processor has them; the values' error is then some 2^-9 of y - mean,
-            while gradients are the float32 ones.
+            "bfloat16", several times as fast where a processor has them: y - mean is then good to some 2^-9 of it.
+            Gradients are the float32 ones.
 
     Returns:
         (mean, variance), each [N, D]. A row of which `hidden` is not finite is NaN.
