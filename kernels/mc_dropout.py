@@ -1,8 +1,8 @@
 """mc_dropout: mean and variance over passes, some passes at a time. See fastprob/ops/mc_dropout.py.
 
-The products are the vendor library's, in the precision that torch is set to for float32. One kernel makes hidden layers
-with their masks, drawn where they are used; another units of the products, less their mean; a third sums squares. A
-block of passes has a bounded number of rows, so that it stays in the L2 cache and memory does not grow with passes.
+The products are the vendor library's, in the precision that torch is set to for float32. One kernel draws masks, a
+second makes units of the products, less their mean, a third sums squares. A block of passes has a bounded number of
+rows, so that it stays in the L2 cache and memory does not grow with passes.
 """
 
 import torch
@@ -27,9 +27,11 @@ def mc_dropout(hidden, constant, fold, last, *, passes, p, seed, products):
 
     def units(first, some, mean, dtype):
         """Those of passes from `first` on, [some, N, C], less their mean."""
-        dropped = wide.new_empty(some, *wide.shape)
-        _launch(_drop, dropped, wide, dropped, wide.shape[1], wide.numel(), first, threshold, seed)
-        product = dropped.flatten(0, 1) @ fold.T
+        keep = torch.empty(some, 1, wide.shape[1], dtype=torch.bool, device=wide.device)
+        with torch.cuda.device_of(keep):
+            programs = triton.cdiv(keep.numel() + 3, BLOCK)  # the first group may begin before the first element
+            _draw[(programs,)](keep, first * wide.shape[1], threshold, seed, keep.numel(), BLOCK // 4, num_warps=1)
+        product = torch.where(keep, wide, 0).flatten(0, 1) @ fold.T
         out = torch.empty(some, *constant.shape, dtype=dtype, device=wide.device)
         _launch(_rectify, out, product, constant, mean, out, constant.numel())
         return out
@@ -58,13 +60,14 @@ def _block(n, BLOCK: tl.constexpr):
     return at, at < n
 
 
-@triton.jit(do_not_specialize=["width", "of_pass", "first", "threshold", "seed", "n"])
-def _drop(hidden, out, width, of_pass, first, threshold, seed, n, BLOCK: tl.constexpr):
-    """Writes hidden [N, width] of `of_pass` elements, with 0 for what a pass drops, to out [passes, N, width]."""
-    at, mask = _block(n, BLOCK)
-    element = (at // of_pass + first) * width + at % width
-    kept = _random.kept(element, threshold, seed, 0)
-    _maths.store(out, at, tl.where(kept, _maths.load(hidden, at % of_pass, mask), 0.0), mask)
+@triton.jit(do_not_specialize=["first", "threshold", "seed", "n"])
+def _draw(out, first, threshold, seed, n, BLOCK: tl.constexpr):
+    """Writes whether dropout keeps n elements from `first` on, in BLOCK groups of four."""
+    group = first // 4 + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    words = _random.words(group, seed, 0, 0)
+    for i in tl.static_range(4):
+        at = group * 4 + i - first
+        tl.store(out + at, words[i].to(tl.int64) >= threshold, mask=(at >= 0) & (at < n))
 
 
 @triton.jit(do_not_specialize=["of_pass", "n"])

@@ -47,8 +47,8 @@ bool all_finite(const S* x, int64_t n) {
   return std::all_of(x, x + n, [](S value) { return std::isfinite(static_cast<double>(value)); });
 }
 
-// What a pass sums: the hidden units that it drops or, where they are fewer and `may_keep`, keeps. An infinite weight of
-// a dropped unit makes NaN, as 0 times it does.
+// What a pass sums: the hidden units that it drops or, where they are fewer and `may_keep`, keeps. An infinite weight
+// of a dropped unit makes NaN, as 0 times it does.
 struct Pass {
   bool drops;
   std::vector<int64_t> units;
