@@ -25,26 +25,43 @@ struct Left {
   int64_t row, column;
 };
 
-// c += a b for kRows rows of c (ldc apart) and kColumns columns; b is [depth, kColumns], its rows side by side.
-template <typename T>
-inline void add_product(Left<T> a, const T* b, int64_t depth, T* c, int64_t ldc) {
+// Which terms a product sums: all, or those that a list names, whose places in a are the list's or side by side.
+struct Every {
+  int64_t in_a(int64_t k) const { return k; }
+  int64_t in_b(int64_t k) const { return k; }
+};
+struct Chosen {
+  const int64_t* list;
+  int64_t in_a(int64_t k) const { return list[k]; }
+  int64_t in_b(int64_t k) const { return list[k]; }
+};
+struct Packed {
+  const int64_t* list;
+  int64_t in_a(int64_t k) const { return k; }
+  int64_t in_b(int64_t k) const { return list[k]; }
+};
+
+// c += a b for some rows of c (ldc apart) and kColumns columns; b is [.., kColumns], its rows side by side.
+template <int rows = kRows, typename T, typename Terms = Every>
+inline void add_product(Left<T> a, const T* b, int64_t depth, T* c, int64_t ldc, Terms terms = {}) {
   typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
   constexpr int width = kVectorBytes / sizeof(T);
-  Vector sums[kRows][2];
+  Vector sums[rows][2];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < rows; ++i)
     for (int j = 0; j < 2; ++j) sums[i][j] = *reinterpret_cast<const Vector*>(c + i * ldc + j * width);
-  for (int64_t k = 0; k < depth; ++k, b += kColumns<T>) {
-    const Vector first = *reinterpret_cast<const Vector*>(b), second = *reinterpret_cast<const Vector*>(b + width);
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* row = b + terms.in_b(k) * kColumns<T>;
+    const Vector first = *reinterpret_cast<const Vector*>(row), second = *reinterpret_cast<const Vector*>(row + width);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const T x = a.data[i * a.row + k * a.column];
+    for (int i = 0; i < rows; ++i) {
+      const T x = a.data[i * a.row + terms.in_a(k) * a.column];
       sums[i][0] += x * first;
       sums[i][1] += x * second;
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < rows; ++i)
     for (int j = 0; j < 2; ++j) *reinterpret_cast<Vector*>(c + i * ldc + j * width) = sums[i][j];
 }
 

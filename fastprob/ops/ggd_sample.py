@@ -1,8 +1,9 @@
 """Draws from generalised Gaussians by a seed: a uniform number times a power of a gamma-distributed one.
 
-    X = mu + U G^(1/b) / a,    U ~ Uniform(-1, 1),    G ~ Gamma(k),    k = 1 + 1/b,    a = inv_alpha + eps,  b = beta + eps
+    X = mu + U G^(1/b) / a,    U ~ Uniform(-1, 1),    G ~ Gamma(k),    k = 1 + 1/b
 
-G is d v by Marsaglia and Tsang's method, from a normal number x (Box and Muller's) and a uniform one w:
+with a = inv_alpha + eps and b = beta + eps. G is d v by Marsaglia and Tsang's method, from a normal number x (Box and
+Muller's) and a uniform one w:
 
     d = k - 1/3,    v = (1 + x / (3 sqrt d))^3,    taken if v > 0 and log w < x^2 / 2 + d (1 - v + log v)
 
@@ -10,10 +11,10 @@ As k is 1 or more, at most 0.049 of the proposals are not taken; after so many a
 element in 1e20 the last one is. Element e of the result, e its index in [n, *shape], draws its attempt t from the four
 words of Philox's group e, draw t, and U from those of attempt 0.
 
-A rounding decides on what is drawn. So all is computed in float64, whatever the dtype, and dtypes and devices draw alike.
+A rounding decides on what is drawn. So all is computed in float64, whatever the dtype: dtypes and devices draw alike.
 
-U fixed, G follows k as its quantiles do: dG/dk = -(dF/dk) / p(G), with F and p the distribution function and density of
-Gamma(k) (implicit reparameterisation). It is the gradient of expectations, and not of X at a fixed seed.
+U fixed, G follows k as its quantiles do: dG/dk = -(dF/dk) / p(G), with F and p the distribution function and density
+of Gamma(k) (implicit reparameterisation). It is the gradient of expectations, and not of X at a fixed seed.
 """
 
 from __future__ import annotations
@@ -97,14 +98,16 @@ def _gradient(grad, mu, inv_alpha, beta, *, n, seed, eps):
     gradient=_gradient,
     check=_check,
     inputs=_inputs,
-    grid=({"n": 3, "seed": 5}, {"n": 1, "seed": -(2**63), "eps": 0.0}),
+    sizes=((), (0, 4), (1, 1), (3, 5), (9, 129)),
+    grid=({"n": 2, "seed": 5}, {"n": 1, "seed": -(2**63), "eps": 0.0}),
     implicit=("beta",),
 )
 def ggd_sample(mu: Tensor, inv_alpha: Tensor, beta: Tensor, *, n: int = 1, seed: int = 0, eps: float = 1e-4) -> Tensor:
     """Draws from generalised Gaussians: mu + U G^(1/b) / a with U ~ Uniform(-1, 1) and G ~ Gamma(1 + 1/b).
 
-    The same seed draws the same numbers on every device, in every dtype and at any number of threads, but for rare
-    elements of which a rounding decides; its first draws are the same whatever n. Under vmap every row draws for itself.
+    The same seed draws the same numbers in every dtype, on any number of threads and, but for an element in some 1e12
+    of which a rounding decides, on every device; the first draws are the same whatever n. Under vmap every row draws
+    for itself.
 
     Gradients are those of expectations, pathwise: E f(X) has the gradient E f'(X) dX. dX for mu and inv_alpha is exact
     and dX for beta, implicit, good to about 1e-3, as torch's gradient of a gamma distribution's draws is. Second

@@ -1,0 +1,342 @@
+// mc_dropout: mean and variance over passes, by blocks of rows. See fastprob/ops/mc_dropout.py.
+//
+// A block's product of all of `hidden` is computed once; a pass takes off what it drops, or sums what it keeps,
+// whichever is fewer. Passes are gone through twice, so that nothing cancels: for the mean of their units, then, some
+// at a time, for the units less that mean. These lie in L2, and their products with a panel of `last` in L1, where they
+// are squared and summed. bfloat16 products are torch's own, of more rows and passes at a time.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "../random.h"
+#include "blocks.h"
+#include "tiles.h"
+
+namespace fastprob {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 16;    // rows of a block
+constexpr int64_t kPassesAtOnce = 8;   // their units, 128 rows of 512, take 256 KB
+constexpr int64_t kBlocksAtOnce = 16;  // blocks of one bfloat16 product: of 2048 rows
+constexpr int64_t kTile = 4;           // passes of a row in one product
+constexpr int64_t kDepth = 256;        // units at a time: a panel of `last` takes 16 or 32 KB
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// c += a b for kColumns columns, as in tiles.h, a row-major: by pieces of depth that stay in L1.
+template <typename T>
+void add_product(const T* a, int64_t lda, const T* b, int64_t depth, T* c, int64_t ldc, int64_t rows) {
+  for (int64_t k = 0; k < depth; k += kDepth, b += kDepth * kColumns<T>)
+    for (int64_t i = 0; i < rows; i += kRows)
+      add_product(Left<T>{a + i * lda + k, lda, 1}, b, std::min(kDepth, depth - k), c + i * ldc, ldc);
+}
+
+// A matrix [rows, columns] as the products read its transpose: [columns, kColumns] for every panel of rows.
+template <typename T, typename S>
+std::vector<T> panels(const S* x, int64_t rows, int64_t columns) {
+  std::vector<T> out(padded(rows, kColumns<T>) * columns);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      out[i / kColumns<T> * kColumns<T> * columns + j * kColumns<T> + i % kColumns<T>] =
+          static_cast<T>(x[i * columns + j]);
+  return out;
+}
+
+template <typename S>
+bool all_finite(const S* x, int64_t n) {
+  return std::all_of(x, x + n, [](S value) { return std::isfinite(static_cast<double>(value)); });
+}
+
+// What a pass sums: the hidden units that it drops or, where they are fewer and `may_keep`, keeps. An infinite weight
+// of a dropped unit makes NaN, as 0 times it does.
+struct Pass {
+  bool drops;
+  std::vector<int64_t> units;
+};
+
+std::vector<Pass> passes_of(int64_t passes, int64_t units, double p, int64_t seed, bool may_keep) {
+  const auto threshold = static_cast<uint64_t>(p * 4294967296.);
+  std::vector<Pass> out(passes);
+  std::array<uint32_t, 4> words{};
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    std::vector<int64_t> kept, dropped;
+    for (int64_t k = 0; k < units; ++k) {
+      const uint64_t element = static_cast<uint64_t>(pass * units + k);
+      if (k == 0 || element % 4 == 0) words = random_words(element / 4, static_cast<uint64_t>(seed), 0, 0);
+      (words[element % 4] < threshold ? dropped : kept).push_back(k);
+    }
+    const bool drops = !may_keep || dropped.size() <= kept.size();
+    out[pass] = {drops, drops ? dropped : kept};
+  }
+  return out;
+}
+
+template <typename T>
+struct Network {
+  int64_t rows, hidden, units, dim;
+  int64_t width, out_width;   // of units and outputs, padded to whole panels
+  std::vector<T> fold, last;  // by panels
+  bool dense;                 // where a weight of `last` is not finite, every unit counts
+  std::vector<Pass> passes;
+  T scale;  // 1 / (1 - p)
+};
+
+// A block of rows, the mean of its units, and the sums of its squares.
+template <typename T>
+class Rows {
+ public:
+  template <typename S>
+  Rows(const Network<T>& network, const S* h, const S* c, int64_t first)
+      : net_(network),
+        first_(first),
+        count_(std::min(kRowsAtOnce, net_.rows - first)),
+        padded_(padded(count_, kRows)),
+        hidden_(padded_ * net_.hidden),
+        constant_(padded_ * net_.width),
+        all_(padded_ * net_.width),
+        mean_(padded_ * net_.width),
+        squares_(padded_ * net_.out_width),
+        live_(padded_ * net_.width),
+        before_(padded_ * (panels() + 1)),
+        part_(padded_ * kColumns<T>) {
+    for (int64_t i = 0; i < count_; ++i) {
+      T* row = &hidden_[i * net_.hidden];
+      std::copy_n(h + (first + i) * net_.hidden, net_.hidden, row);
+      if (!all_finite(row, net_.hidden)) std::fill_n(row, net_.hidden, kNaN<T>);
+      std::copy_n(c + (first + i) * net_.units, net_.units, &constant_[i * net_.width]);
+    }
+    for (int64_t j = 0; j < net_.width; j += kColumns<T>)
+      add_product(hidden_.data(), net_.hidden, &net_.fold[j * net_.hidden], net_.hidden, &all_[j], net_.width, padded_);
+    units(0, net_.passes.size(), [&](int64_t, int64_t i, int64_t j, const T* unit) {
+      T* sum = &mean_[i * net_.width + j];
+#pragma omp simd
+      for (int64_t c = 0; c < kColumns<T>; ++c) sum[c] += unit[c];
+    });
+    for (T& unit : mean_) unit /= T(net_.passes.size());
+    for (int64_t i = 0; i < padded_; ++i) {
+      int64_t *live = &live_[i * net_.width], *before = &before_[i * (panels() + 1)], n = 0;
+      for (int64_t c = 0; c < net_.width; ++c) {
+        if (c % kColumns<T> == 0) *before++ = n;
+        live[n] = c;
+        n += net_.dense | (mean_[i * net_.width + c] != 0);
+      }
+      *before = n;
+    }
+  }
+
+  int64_t count() const { return padded_; }
+
+  // The live units of a row: those that any pass has. The others, a ReLU's zeros, add nothing to finite weights' sums.
+  const int64_t* live(int64_t row) const { return &live_[row * net_.width]; }
+  // How many of them there are before unit j, the first of a panel.
+  int64_t live_before(int64_t row, int64_t j) const { return before_[row * (panels() + 1) + j / kColumns<T>]; }
+
+  // Some passes' units less their mean, as type S: passes and rows so far apart.
+  template <typename S>
+  void deviations(int64_t pass, int64_t some, S* out, int64_t pass_stride, int64_t row_stride) {
+    units(pass, some, [&](int64_t k, int64_t i, int64_t j, const T* unit) {
+      const T* mean = &mean_[i * net_.width + j];
+      S* to = out + k * pass_stride + i * row_stride + j;
+#pragma omp simd
+      for (int64_t c = 0; c < kColumns<T>; ++c) to[c] = static_cast<S>(unit[c] - mean[c]);
+    });
+  }
+
+  // The same of live units alone, side by side.
+  void live_deviations(int64_t pass, int64_t some, T* out, int64_t pass_stride, int64_t row_stride) {
+    units(pass, some, [&](int64_t k, int64_t i, int64_t j, const T* unit) {
+      const T* mean = &mean_[i * net_.width + j];
+      T* to = out + k * pass_stride + i * row_stride + live_before(i, j);
+      for (int64_t c = 0; c < kColumns<T>; ++c) {
+        *to = unit[c] - mean[c];
+        to += net_.dense | (mean[c] != 0);
+      }
+    });
+  }
+
+  // Adds the squares of a pass's outputs of a row, n from column j on.
+  template <typename S>
+  void add_squares(int64_t row, const S* y, int64_t j, int64_t n) {
+    T* sums = &squares_[row * net_.out_width + j];
+#pragma omp simd
+    for (int64_t d = 0; d < n; ++d) sums[d] += static_cast<T>(y[d]) * static_cast<T>(y[d]);
+  }
+
+  // Writes both results, [N, D].
+  template <typename S>
+  void write(S* mean, S* variance) {
+    for (int64_t j = 0; j < net_.dim; j += kColumns<T>) {
+      const int64_t n = std::min<int64_t>(kColumns<T>, net_.dim - j);
+      std::fill(part_.begin(), part_.end(), T(0));
+      add_product(mean_.data(), net_.width, &net_.last[j * net_.units], net_.units, part_.data(), kColumns<T>, padded_);
+      for (int64_t i = 0; i < count_; ++i)
+        for (int64_t d = 0; d < n; ++d) {
+          const int64_t at = (first_ + i) * net_.dim + j + d;
+          mean[at] = static_cast<S>(part_[i * kColumns<T> + d]);
+          variance[at] = static_cast<S>(squares_[i * net_.out_width + j + d] / T(net_.passes.size()));
+        }
+    }
+  }
+
+ private:
+  int64_t panels() const { return net_.width / kColumns<T>; }
+
+  // Calls use(k, i, j, units) for kColumns units of the k-th of some passes, of row i from unit j on.
+  template <typename Use>
+  void units(int64_t pass, int64_t some, const Use& use) {
+    for (int64_t j = 0; j < net_.width; j += kColumns<T>)
+      for (int64_t k = 0; k < some; ++k) {
+        const auto& [drops, chosen] = net_.passes[pass + k];
+        const int64_t depth = chosen.size();
+        std::fill(part_.begin(), part_.end(), T(0));
+        for (int64_t i = 0; i < padded_; i += kRows)
+          add_product(
+              Left<T>{&hidden_[i * net_.hidden], net_.hidden, 1}, &net_.fold[j * net_.hidden], depth,
+              &part_[i * kColumns<T>], kColumns<T>, Chosen{chosen.data()});
+        const T rest = drops ? T(1) : T(0), sign = drops ? T(-1) : T(1), scale = net_.scale;
+        for (int64_t i = 0; i < padded_; ++i) {
+          const int64_t at = i * net_.width + j;
+          const T *all = &all_[at], *constant = &constant_[at];
+          T* part = &part_[i * kColumns<T>];
+#pragma omp simd
+          for (int64_t c = 0; c < kColumns<T>; ++c) {
+            const T z = (rest * all[c] + sign * part[c]) * scale + constant[c];
+            part[c] = select(z < 0, T(0), z);
+          }
+          use(k, i, j, part);
+        }
+      }
+  }
+
+  const Network<T>& net_;
+  int64_t first_, count_, padded_;
+  std::vector<T> hidden_, constant_, all_, mean_, squares_;  // all: the product without dropout
+  std::vector<int64_t> live_, before_;                       // see live()
+  std::vector<T> part_;                                      // scratch: a panel of [count, kColumns]
+};
+
+// The squares of a block, by products of its own type: some passes of a row by its live units.
+template <typename T>
+void add_squares(const Network<T>& net, Rows<T>& rows) {
+  const int64_t columns = kColumns<T>, passes = net.passes.size();
+  const int64_t at_once = std::min(kPassesAtOnce, padded(passes, kTile)), size = at_once * net.width;
+  std::vector<T> units(rows.count() * size), y(rows.count() * at_once * columns);
+  for (int64_t pass = 0; pass < passes; pass += at_once) {
+    const int64_t some = std::min(at_once, passes - pass);
+    rows.live_deviations(pass, some, units.data(), net.width, size);
+    for (int64_t j = 0; j < net.dim; j += columns) {
+      std::fill(y.begin(), y.end(), T(0));
+      for (int64_t depth = 0; depth < net.width; depth += kDepth)  // pieces of the panel that stay in L1
+        for (int64_t i = 0; i < rows.count(); ++i) {
+          const int64_t first = rows.live_before(i, depth), end = std::min(depth + kDepth, net.width);
+          for (int64_t k = 0; k < some; k += kTile)
+            add_product<kTile>(
+                Left<T>{&units[i * size + k * net.width + first], net.width, 1}, &net.last[j * net.units],
+                rows.live_before(i, end) - first, &y[(i * at_once + k) * columns], columns,
+                Packed{rows.live(i) + first});
+        }
+      for (int64_t i = 0; i < rows.count(); ++i)
+        for (int64_t k = 0; k < some; ++k) rows.add_squares(i, &y[(i * at_once + k) * columns], j, columns);
+    }
+  }
+}
+
+// Those of several blocks, by bfloat16 products with `last` [D, width].
+inline void add_squares(const Network<float>& net, std::vector<Rows<float>>& blocks, const Tensor& last) {
+  const int64_t passes = net.passes.size(), at_once = std::min(kPassesAtOnce, passes), n = blocks.size();
+  Tensor units = torch::stable::new_empty(last, {at_once * n * kRowsAtOnce, net.width});
+  torch::stable::zero_(units);  // what a last block or pass leaves out
+  const auto each_block = [&](const auto& body) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; ++block) body(blocks[block], block * kRowsAtOnce);
+    });
+  };
+  for (int64_t pass = 0; pass < passes; pass += at_once) {
+    const int64_t some = std::min(at_once, passes - pass);
+    each_block([&](Rows<float>& rows, int64_t row) {
+      auto* to = static_cast<c10::BFloat16*>(units.data_ptr()) + row * net.width;
+      rows.deviations(pass, some, to, n * kRowsAtOnce * net.width, net.width);
+    });
+    const Tensor y = torch::stable::matmul(units, torch::stable::transpose(last, 0, 1));
+    for_type(y, [&](auto, auto storage) {  // autocast may have chosen another type
+      const auto* from = static_cast<const decltype(storage)*>(y.data_ptr());
+      each_block([&](Rows<float>& rows, int64_t row) {
+        for (int64_t k = 0; k < some; ++k)
+          for (int64_t i = 0; i < rows.count(); ++i)
+            rows.add_squares(i, from + ((k * n * kRowsAtOnce) + row + i) * net.dim, 0, net.dim);
+      });
+    });
+  }
+}
+
+// A matrix in bfloat16, its rows padded with zeros.
+template <typename S>
+Tensor half_of(const Tensor& x, int64_t width) {
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), width}, ScalarType::BFloat16);
+  auto* to = static_cast<c10::BFloat16*>(out.data_ptr());
+  const S* from = static_cast<const S*>(x.data_ptr());
+  for (int64_t i = 0; i < x.size(0); ++i)
+    for (int64_t j = 0; j < width; ++j)
+      to[i * width + j] = c10::BFloat16(j < x.size(1) ? static_cast<float>(from[i * x.size(1) + j]) : 0.f);
+  return out;
+}
+
+void mc_dropout(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const auto in = arguments.contiguous<4>();
+  const int64_t passes = arguments.next<int64_t>();
+  const double p = arguments.next<double>();
+  const int64_t seed = arguments.next<int64_t>();
+  const bool half_products = arguments.next<std::string>() == "bfloat16";
+  const auto& [hidden, constant, fold, last] = in;
+  const int64_t rows = hidden.size(0), dim = last.size(0);
+  const std::array<Tensor, 2> out = {
+      torch::stable::new_empty(hidden, {rows, dim}), torch::stable::new_empty(hidden, {rows, dim})};
+  for_type(hidden, [&](auto compute, auto storage) {
+    using T = decltype(compute);
+    using S = decltype(storage);
+    const auto data = [](const Tensor& t) { return static_cast<S*>(t.data_ptr()); };
+    const int64_t units = fold.size(0), width = fold.size(1);
+    const Network<T> net{
+        rows,
+        width,
+        units,
+        dim,
+        padded(units, kColumns<T>),
+        padded(dim, kColumns<T>),
+        panels<T>(data(fold), units, width),
+        panels<T>(data(last), dim, units),
+        !all_finite(data(last), last.numel()),
+        passes_of(passes, width, p, seed, all_finite(data(fold), fold.numel())),
+        T(1 / (1 - p))};
+    const int64_t blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    const auto block_at = [&](int64_t block) {
+      return Rows<T>(net, data(hidden), data(constant), block * kRowsAtOnce);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (half_products) {
+        const Tensor half_last = half_of<S>(last, net.width);
+        for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
+          std::vector<Rows<T>> some;
+          for (int64_t at = block; at < std::min(blocks, block + kBlocksAtOnce); ++at) some.push_back(block_at(at));
+          add_squares(net, some, half_last);
+          for (Rows<T>& of_block : some) of_block.write(data(out[0]), data(out[1]));
+        }
+        return;
+      }
+    }
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; ++block) {
+        Rows<T> of_block = block_at(block);
+        add_squares(net, of_block);
+        of_block.write(data(out[0]), data(out[1]));
+      }
+    });
+  });
+  push(stack, out);
+}
+
+}  // namespace
+}  // namespace fastprob
+
+STABLE_TORCH_LIBRARY_IMPL(fastprob, CPU, m) { m.impl("mc_dropout", fastprob::mc_dropout); }
