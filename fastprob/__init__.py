@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from fastprob._version import __version__
 from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.ggd_nearest import ggd_nearest
 from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.ggd_pairwise_nll import ggd_pairwise_nll
 from fastprob.ops.ggd_variance import ggd_variance
 from fastprob.ops.probvlm_loss import probvlm_loss
 from fastprob.ops.prototype_dispersion import prototype_dispersion
@@ -25,7 +27,9 @@ __all__ = [
     "encoders",
     "evaluation",
     "gaussian_potential",
+    "ggd_nearest",
     "ggd_nll",
+    "ggd_pairwise_nll",
     "ggd_variance",
     "info",
     "nn",
