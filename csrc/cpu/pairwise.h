@@ -31,7 +31,7 @@
 namespace fastprob {
 
 constexpr int64_t kDepth = 512;  // coordinates at a time: a row's tables stay in L1
-constexpr int64_t kOwn = 16, kOthers = 64;
+constexpr int64_t kOwn = 32, kOthers = 32;
 constexpr int64_t kGroup = 8;  // pairs whose gradients are added up before they join a sum in float64
 
 template <typename T, size_t N>
