@@ -2,7 +2,7 @@
 
 Two kernels. The first makes tables of what depends on a distribution's coordinate alone, transposed to [D, N], and the
 normalisers' sums. In the second a program owns a tile of pairs and walks over the coordinates, a column of tables and
-of targets at a time: 16 elements of work for each one that is read.
+of targets at a time.
 
 LEAN: log2 and exp2 by the GPU's instructions alone, two for an element. Their errors of 2^-22 in the exponent show in a
 single residual, not in a sum of many; so from LEAN_DIM coordinates on, and for residuals up to LEAN_MOST.
@@ -17,12 +17,9 @@ from fastprob.kernels import _ggd, _launch, _maths
 LEAN_DIM, LEAN_MOST = 64, 1024.0
 TABLES = 5  # mu; the parts of a's `factor`; b
 WARPS = 4
-ROWS, DEPTH = 32, 32  # distributions and coordinates at a time that tables are made of
-
-
-def tile(compute: torch.dtype) -> int:
-    """Distributions and targets of a program's pairs: 32 a thread, eight of float64."""
-    return 32 if compute == torch.float64 else 64
+ROWS, DEPTH = 16, 32  # distributions and coordinates at a time that tables are made of
+HEIGHT = 32  # distributions of a tile
+WIDTHS = {True: 64, False: 32}  # LEAN -> targets: 16 or eight pairs a thread, for which the registers suffice
 
 
 class Pairs:
@@ -49,12 +46,12 @@ class Pairs:
         """Fills `out` [rows, M] with the values of the distributions from `first` on."""
         rows, columns = out.shape
         if out.numel():
-            size = tile(self.compute)
-            across = triton.cdiv(columns, size)
+            width = WIDTHS[self.lean and self.compute == torch.float32]
+            across = triton.cdiv(columns, width)
             with torch.cuda.device_of(out):
-                _pairs[(triton.cdiv(rows, size) * across,)](
+                _pairs[(triton.cdiv(rows, HEIGHT) * across,)](
                     self.tables, self.norms, self.targets, out, first, rows, self.count, columns, self.dim, across,
-                    *self.bounds, self.paper, self.lean, size, num_warps=WARPS
+                    *self.bounds, self.paper, self.lean, HEIGHT, width, num_warps=WARPS
                 )  # fmt: skip
         return out
 
@@ -76,7 +73,7 @@ def _tables(
         mask = (row < count)[:, None] & (d < dim)[None, :]
         at = row[:, None] * dim + d[None, :]
         x, y, z = _maths.load(mu, at, mask), _maths.load(inv_alpha, at, mask), _maths.load(beta, at, mask)
-        a, b, inv_a, stirling, p, norm_b = _ggd.shape_of(y, z, _maths.parameter(eps, x.dtype), FAST)
+        a, b, _, stirling, p, _ = _ggd.shape_of(y, z, _maths.parameter(eps, x.dtype), FAST)
         one = tl.full(a.shape, 1.0, a.dtype)
         norm = stirling - _maths.log_product(a, one, p, one, FAST)
         total += tl.sum(tl.where(mask, norm, 0.0).to(tl.float64), 1)
@@ -97,25 +94,25 @@ def _tables(
 @triton.jit(do_not_specialize=["first", "rows", "count", "columns", "dim", "across"])
 def _pairs(
     tables, norms, targets, out, first, rows, count, columns, dim, across, clamp_min: tl.float64, clamp_max: tl.float64,
-    PAPER: tl.constexpr, LEAN: tl.constexpr, SIZE: tl.constexpr,
+    PAPER: tl.constexpr, LEAN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile of the pairs of `rows` distributions from `first` on and all targets."""
     program = tl.program_id(0)
-    row = (program // across).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    column = (program % across).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    row = (program // across).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    column = (program % across).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside, of_column = row < rows, column < columns
     of_row = tables + (row + first)
     size = dim * count.to(tl.int64)
-    total = tl.zeros((SIZE, SIZE), norms.dtype.element_ty)
+    total = tl.zeros((WIDTH, HEIGHT), norms.dtype.element_ty)  # distributions side by side: a thread reads one's tables
     lo, hi = _maths.parameter(clamp_min, total.dtype), _maths.parameter(clamp_max, total.dtype)
     d, at, at_target = program * 0, first.to(tl.int64) * 0, first.to(tl.int64) * 0
     while d < dim:
-        mu = tl.load(of_row + at, mask=inside, other=0.0)[:, None]
-        exponent = tl.load(of_row + (at + size), mask=inside, other=0.0)[:, None]
-        mantissa = tl.load(of_row + (at + 2 * size), mask=inside, other=1.0)[:, None]
-        limit = tl.load(of_row + (at + 3 * size), mask=inside, other=0.0)[:, None]
-        b = tl.load(of_row + (at + 4 * size), mask=inside, other=1.0)[:, None]
-        r = tl.abs(mu - tl.load(targets + (column + at_target), mask=of_column, other=0.0)[None, :])
+        mu = tl.load(of_row + at, mask=inside, other=0.0)[None, :]
+        exponent = tl.load(of_row + (at + size), mask=inside, other=0.0)[None, :]
+        mantissa = tl.load(of_row + (at + 2 * size), mask=inside, other=1.0)[None, :]
+        limit = tl.load(of_row + (at + 3 * size), mask=inside, other=0.0)[None, :]
+        b = tl.load(of_row + (at + 4 * size), mask=inside, other=1.0)[None, :]
+        r = tl.abs(mu - tl.load(targets + (column + at_target), mask=of_column, other=0.0)[:, None])
         if PAPER:
             t, _ = _maths.power(r, (exponent, mantissa, limit), b, LEAN)
         else:
@@ -124,6 +121,6 @@ def _pairs(
         at += count
         at_target += columns
         d += 1
-    total += tl.load(norms + (row + first), mask=inside, other=0.0)[:, None]
+    total = tl.trans(total) + tl.load(norms + (row + first), mask=inside, other=0.0)[:, None]
     mask = inside[:, None] & of_column[None, :]
     _maths.store(out, row[:, None] * columns + column[None, :], total, mask)

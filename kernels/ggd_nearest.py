@@ -6,7 +6,7 @@ Gradients, of N k pairs, are the reference's.
 import torch
 
 from fastprob._op import OPS
-from fastprob.kernels._pairwise import Pairs, tile
+from fastprob.kernels._pairwise import HEIGHT, Pairs
 
 ELEMENTS = 2**24  # of a block of rows: 64 MB in float32
 
@@ -14,8 +14,7 @@ ELEMENTS = 2**24  # of a block of rows: 64 MB in float32
 def ggd_nearest(mu, inv_alpha, beta, target, *, k, **options):
     pairs, columns = Pairs(mu, inv_alpha, beta, target, **options), target.shape[0]
     out, indices = mu.new_empty(mu.shape[0], k), torch.empty(mu.shape[0], k, dtype=torch.int64, device=mu.device)
-    size = tile(pairs.compute)
-    height = max(ELEMENTS // columns // size, 1) * size
+    height = max(ELEMENTS // columns // HEIGHT, 1) * HEIGHT
     block = torch.empty(min(height, mu.shape[0]), columns, dtype=pairs.compute, device=mu.device)
     for first in range(0, mu.shape[0], height):
         values = pairs.values(first, block[: mu.shape[0] - first])
