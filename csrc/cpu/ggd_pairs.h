@@ -33,7 +33,7 @@ struct GgdPair {
   template <int side>
   bool tables(const std::array<const T*, kInputs[side]>& in, T* out, int64_t n, double& constant) const {
     using std::fabs;
-    int far = !(std::is_same_v<T, float> && paper && bounds.hi <= kBoundedPower && bounds.lo <= bounds.hi);
+    int far = !(std::is_same_v<T, float> && paper && bounds.hi <= kBoundedPower);
     if constexpr (side == 1) {
       std::copy_n(in[0], n, out);
     } else {

@@ -32,7 +32,7 @@ namespace fastprob {
 
 constexpr int64_t kDepth = 512;  // coordinates at a time: a row's tables stay in L1
 constexpr int64_t kOwn = 32, kOthers = 32;
-constexpr int64_t kGroup = 8;  // pairs whose gradients are added up before they join a sum in float64
+constexpr int64_t kGroup = 4;  // pairs whose gradients are added up before they join a sum in float64
 
 template <typename T, size_t N>
 struct Slopes {
@@ -245,15 +245,16 @@ void sweep(
           }
           for (int64_t block = 0; block < blocks; ++block)
             for (int64_t start = 0; start < width; start += kGroup) {
-              std::fill_n(group, kInputs * kDepth, T(0));
+              const int64_t n = from.width(block);
+              for (size_t k = 0; k < kInputs; ++k) std::fill_n(group + k * kDepth, n, T(0));
               for (int64_t j = start; j < std::min(start + kGroup, width); ++j) {
                 const T *mine = own.at(i, block), *theirs = others.at(j, block);
                 const T *row = side == 0 ? mine : theirs, *column = side == 0 ? theirs : mine;
-                const auto each = std::make_index_sequence<kInputs>();
-                add_slopes<side>(pair, row, column, grads[j], group, from.width(block), each);
+                add_slopes<side>(pair, row, column, grads[j], group, n, std::make_index_sequence<kInputs>());
               }
               double* to = sums[i * blocks + block].data();
-              for (size_t d = 0; d < kInputs * kDepth; ++d) to[d] += group[d];
+              for (size_t k = 0; k < kInputs; ++k)
+                for (int64_t d = k * kDepth; d < int64_t(k) * kDepth + n; ++d) to[d] += group[d];
             }
         }
       }
