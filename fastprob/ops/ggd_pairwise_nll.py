@@ -51,7 +51,7 @@ def _gradient(grad, mu, inv_alpha, beta, target, *, form, eps, clamp_min, clamp_
     inputs=pair_inputs,
     sizes=((0, 2, 4), (2, 0, 3), (1, 1, 1), (3, 4, 5), (70, 67, 3)),
     grid=[{"form": form} for form in _ggd.FORMS] + [_ggd.EDGES],
-    bench_sizes=((1000, 1000, 512), (5000, 5000, 512)),
+    bench_sizes=((200, 1000, 512), (1000, 1000, 512), (5000, 5000, 512)),
     elementwise=False,
 )
 def ggd_pairwise_nll(
