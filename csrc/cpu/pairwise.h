@@ -107,13 +107,18 @@ class Tables {
 
 // ---- values ---------------------------------------------------------------------------------------------------------
 
+// Adds the values of a row's pairs with two columns: side by side, while one waits for its results the other works.
 template <bool is_plain, typename P, typename T>
-T sum_of(const P& function, const T* row, const T* column, int64_t n) {
+void add_values(const P& function, const T* row, const T* column, const T* other, int64_t n, T* value, T* other_value) {
   const P pair = function;
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < n; ++d) sum += pair.template value<is_plain>(row + d, column + d);
-  return sum;
+  T sum = 0, other_sum = 0;
+#pragma omp simd reduction(+ : sum, other_sum)
+  for (int64_t d = 0; d < n; ++d) {
+    sum += pair.template value<is_plain>(row + d, column + d);
+    other_sum += pair.template value<is_plain>(row + d, other + d);
+  }
+  *value += sum;
+  *other_value += other_sum;
 }
 
 // Calls take(i, j, values, n) with the values of row i and columns j ... j + n - 1, for every row from j = 0 on.
@@ -134,11 +139,16 @@ void for_pairs(
         others.fill(pair, columns, column, width);
         for (int64_t block = 0; block < blocks; ++block)
           for (int64_t i = 0; i < height; ++i)
-            for (int64_t j = 0; j < width; ++j) {
-              const T *row = own.at(i, block), *other = others.at(j, block);
-              const int64_t n = rows.width(block);
-              values[i][j] += own.plain[i] & others.plain[j] ? sum_of<true>(pair, row, other, n)
-                                                             : sum_of<false>(pair, row, other, n);
+            for (int64_t j = 0; j < width;) {
+              const bool is_plain = own.plain[i] & others.plain[j];
+              const int64_t next = j + (j + 1 < width && is_plain == (own.plain[i] & others.plain[j + 1]));
+              const T *row = own.at(i, block), *first = others.at(j, block), *second = others.at(next, block);
+              T unused = 0, *to = values[i] + j, *to_next = next == j ? &unused : to + 1;
+              if (is_plain)
+                add_values<true>(pair, row, first, second, rows.width(block), to, to_next);
+              else
+                add_values<false>(pair, row, first, second, rows.width(block), to, to_next);
+              j = next + 1;
             }
         for (int64_t i = 0; i < height; ++i) {
           for (int64_t j = 0; j < width; ++j) values[i][j] = T(own.constants[i] + others.constants[j] + values[i][j]);
