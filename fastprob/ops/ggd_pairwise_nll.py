@@ -21,7 +21,9 @@ def check_pairs(op: str, *, mu, inv_alpha, beta, target, **options) -> None:
 
 
 def pair_inputs(make, rows, columns, dim):
-    return *_ggd.distribution(make, rows, dim), make(columns, dim)
+    """Residuals of one size, about: a sum of many has the rounding of its largest, which a few are not to decide."""
+    inv_alpha = make(rows, dim, low=0.2, high=1, extreme=(1e-6, 1e6))
+    return make(rows, dim), inv_alpha, make(rows, dim, low=0.5, high=2, extreme=(1e-4, 1e4)), make(columns, dim)
 
 
 def pairwise_nll(mu, a, b, target, form, clamp_min, clamp_max) -> Tensor:
