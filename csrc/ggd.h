@@ -18,7 +18,7 @@ struct Bounds {
   Bounds(double eps_, double clamp_min, double clamp_max)
       : eps(T(eps_)),
         lo(T(std::max(clamp_min, double(kTiny<T>)))),
-        hi(T(std::min(clamp_max, double(std::numeric_limits<T>::max() / 2)))),
+        hi(T(std::max(double(lo), std::min(clamp_max, double(std::numeric_limits<T>::max() / 2))))),
         log2_lo(std::log2(lo)),
         log2_hi(std::log2(hi)) {}
 };

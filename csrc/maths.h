@@ -235,6 +235,23 @@ FASTPROB_INLINE Power<double> clamped_power(double r, Split<double> a, double b,
   return {select(t < lo, lo, select(t > hi, hi, t)), std::log(u), select((t < lo) | (t > hi), 0., 1.)};
 }
 
+// The most that bounded_power gives: above it the rounding of log2 u shows.
+constexpr float kBoundedPower = 1024;
+
+// u^b for u = r a, its log2 u kept between least and most: t of clamped_power in two thirds of its instructions. r, a
+// and b are finite, and least > a.exponent - 125, so that r = 0 gives what least does.
+FASTPROB_INLINE float bounded_power(float r, Split<float> a, float b, float least, float most) {
+  const float x = r * a.mantissa;
+  const int32_t i = bit_cast<int32_t>(x), e = (i - 0x3f3504f3) & -0x800000;  // the exponent in its place
+  const float exponent = std::fma(static_cast<float>(e), 1.1920928955078125e-07f, a.exponent);
+  const float log2_u = exponent + log2_polynomial(bit_cast<float>(i - e));
+  const float low = select(log2_u < most, log2_u, most), cut = select(low > least, low, least);
+  constexpr float rounder = 12582912.f;  // as in `nearest`
+  const float rounded = std::fma(b, cut, rounder), n = rounded - rounder;
+  const float t = exp2_polynomial(std::fma(b, cut, -n));
+  return bit_cast<float>(bit_cast<uint32_t>(t) + (bit_cast<uint32_t>(rounded) << 23));
+}
+
 // e^x; above 1e38 infinite, below 1e-38 zero.
 FASTPROB_INLINE float exponential(float x) {
   constexpr float log2_e = 1.44269504f, log2_e_rest = 1.92596303e-8f;

@@ -7,7 +7,9 @@ from fastprob._version import __version__
 from fastprob.dropout import mc_dropout_passes
 from fastprob.ops.csd import csd
 from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.ggd_nearest import ggd_nearest
 from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.ggd_pairwise_nll import ggd_pairwise_nll
 from fastprob.ops.ggd_sample import ggd_sample
 from fastprob.ops.ggd_variance import ggd_variance
 from fastprob.ops.mc_dropout import mc_dropout
@@ -30,7 +32,9 @@ __all__ = [
     "encoders",
     "evaluation",
     "gaussian_potential",
+    "ggd_nearest",
     "ggd_nll",
+    "ggd_pairwise_nll",
     "ggd_sample",
     "ggd_variance",
     "info",
