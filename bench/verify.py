@@ -31,8 +31,9 @@ def value_and_grads(function, tensors) -> list[torch.Tensor]:
     """The results, and the gradients of those tensors that ask for one."""
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
     results = tests_conftest.as_tuple(function(*leaves))
-    total = sum(r.sum() for r in tests_conftest.moving(results))
-    return [*(r.detach() for r in results), *torch.autograd.grad(total, [t for t in leaves if t.requires_grad])]
+    asking, moving = [t for t in leaves if t.requires_grad], tests_conftest.moving(results)
+    grads = torch.autograd.grad(sum(r.sum() for r in moving), asking) if asking else ()
+    return [*(r.detach() for r in results), *grads]
 
 
 def check(name: str, tensors) -> None:
