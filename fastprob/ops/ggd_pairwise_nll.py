@@ -70,8 +70,8 @@ def ggd_pairwise_nll(
     """Negative log-likelihood of every target under every generalised Gaussian, without the constant D log 2.
 
     Element (i, j) is the sum over D of `ggd_nll(mu[i], inv_alpha[i], beta[i], target[j], reduction="none")`: how
-    unlikely target j is under distribution i, whose D coordinates are independent. The kernels take no memory beyond
-    the result's; the reference takes the pairs of a block of rows at a time.
+    unlikely target j is under distribution i, whose D coordinates are independent. No [N, M, D] is held: kernels take
+    memory of the size of inputs and result at most, the reference the pairs of a block of rows at a time.
 
     Args:
         mu, inv_alpha, beta: [N, D] distributions, as `ggd_nll` takes them; float64, float32, bfloat16 or float16.
