@@ -8,8 +8,8 @@
     fastprob::_x_value_and_grad   (tensors, options, needs) -> the value and the gradients for grad = 1, in one pass
                                   (only where the one result is a scalar)
 
-The function's body is their kernel on every device (CompositeExplicitAutograd) and, run on fake tensors, their shape
-function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says that
+The function's body is their kernel on every device (CompositeExplicitAutograd) and, run on fake tensors, the results'
+shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says that
 tensor i wants its gradient; one that is not wanted, as an integer tensor's or an absent one's never is, comes back as
 an empty tensor of shape (0,). Constant results are those that have no gradient, such as indices.
 
@@ -118,6 +118,22 @@ class Op:
         (value,) = as_tuple(self._value(*tensors, **options))
         return value, *self._gradients((torch.ones_like(value), *tensors), needs, options)
 
+    def fake(self, name: str) -> Callable:
+        """The shape function of a torch operator: gradients are like their tensors."""
+        if name == self.name:
+            return self._value
+        leading = 0 if name.endswith("_value_and_grad") else sum(r.kind.differentiable for r in self.results)
+
+        def shapes(*inputs: Tensor | None, needs: int, **_):
+            tensors = inputs[leading : leading + len(self.tensors)]
+            like = [next(t for t in tensors if t is not None) if t is None else t for t in tensors]
+            grads = tuple(t.new_empty(t.shape if needs >> i & 1 else 0) for i, t in enumerate(like))
+            if not leading:
+                return like[0].new_empty(()), *grads
+            return grads if len(grads) > 1 else grads[0]
+
+        return shapes
+
     def _gradients(self, inputs: Sequence, needs: int, options: dict) -> tuple[Tensor, ...]:
         leading = sum(r.kind.differentiable for r in self.results)
         with torch._C._DisableAutocast():
@@ -224,7 +240,7 @@ def _define(op: Op) -> None:
     for name, reference in op.raw.items():
         _LIBRARY.define(name + schemas[name])
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastprob::{name}", reference, lib=_LIBRARY)
+        torch.library.register_fake(f"fastprob::{name}", op.fake(name), lib=_LIBRARY)
         rule = functools.partial(batched, op.overload(name), op.options, len(leading) if "backward" in name else 0)
         torch.library.register_vmap(f"fastprob::{name}", rule, lib=_LIBRARY)
 
