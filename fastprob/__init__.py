@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastprob._version import __version__
 from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.ggd_match_nll import ggd_match_nll
 from fastprob.ops.ggd_nll import ggd_nll
 from fastprob.ops.ggd_variance import ggd_variance
 from fastprob.ops.probvlm_loss import probvlm_loss
@@ -25,6 +26,7 @@ __all__ = [
     "encoders",
     "evaluation",
     "gaussian_potential",
+    "ggd_match_nll",
     "ggd_nll",
     "ggd_variance",
     "info",
