@@ -5,9 +5,9 @@ phi = t_1 + t_2, over the line is cut at both cusps and in between into at most 
 two tails, and up to three pieces between valleys and peaks. Each is cut off where exp(-phi) no longer counts and has
 fixed nodes, which powers of the variable draw to the cusps. Distributions are exchanged so that b_1 <= b_2.
 
-Between the cusps, with w the logit of d_1/delta, log(-d t_2 / d t_1) is C + p_1 w + (p_2 - p_1) log(1 + e^w),
-p = b - 1: convex, above both of its asymptotes. Newton's steps from the asymptotes' zeros come down on its own zeros: the
-peak (where it rises) and the valley (where it falls).
+Between the cusps the slopes of t_1 and -t_2 are equal where C + p_1 w + (p_2 - p_1) log(1 + e^w) = 0, with p = b - 1
+and w the logit of d_1/delta: a convex function above both of its asymptotes. Newton's steps from their zeros come down
+on its own: the peak of exp(-phi), where it rises, and the valley, where it falls.
 
 Where the nodes lie is not differentiated: the integral does not depend on it.
 """
@@ -26,11 +26,12 @@ from fastprob.ops.ggd_nll import REDUCTIONS
 
 SCALES, SHAPES = (1e-12, 1e12), (0.1, 32.0)  # what a may be, and what b is clamped to
 FARTHEST = 1e30
-GROUP = 20  # nodes that are worked on together
-NEWTON_STEPS, BISECTIONS = 8, 10
+FEW, GROUP = 2**14, 8  # up to so many elements all nodes are worked on at once, else so many
+NEWTON_STEPS, BISECTIONS = 5, 8
 LOGIT_LIMIT, EXTENT_BITS = 60.0, 50.0
 # exp(-phi) is cut off at CUT + CUT_SLOPE max(1/b - 1, 0) above its least phi: below 1e-13 of the integral
 CUT, CUT_SLOPE = 35.0, 2.8
+DEPTH = 80.0  # below it nothing counts, however large t
 
 
 def gauss_legendre(count: int) -> list[tuple[float, float]]:
@@ -61,13 +62,12 @@ class _Pair(NamedTuple):
     valid: Tensor
 
 
-class _Piece(NamedTuple):
-    """The points whose distances are low + extent x from cusp `anchor` and, tails, delta + extent x or else
-    far + extent (1 - x) from the other; x = y^power or y^power / (y^power + (1 - y)^power).
+class _Pieces(NamedTuple):
+    """Pieces [n, ...] of either kind: the points whose distances are low + extent x from the distribution that has the
+    cusp and, tails, delta + extent x or else far + extent (1 - x) from the other; x = y^power or
+    y^power / (y^power + (1 - y)^power).
     """
 
-    anchor: int
-    is_tail: bool
     low: Tensor
     far: Tensor
     extent: Tensor
@@ -105,19 +105,17 @@ def _clustering(b: Tensor, t: Tensor) -> Tensor:
     return (1.4 / b * (4 * t / _cut(b)).clamp(max=1)).clamp(min=2).ceil()
 
 
-def _tail(delta: Tensor, a: tuple, b: tuple) -> _Piece:
-    """Beyond the cusp of the first distribution given."""
-    own = (_cut(b[0]).log() / b[0] - a[0].log()).exp()
-    t, cut = _power(a[1], delta, b[1]), _cut(b[1])
-    near = (cut.log() / b[1] - a[1].log()).exp()
-    ratio = cut / t.clamp(min=1e-10)
-    beyond = delta * torch.where(ratio < 1e-3, ratio / b[1], torch.expm1(torch.log1p(ratio) / b[1]))
-    extent = torch.minimum(own, torch.where(t < 1e-10, near, beyond))
-    power = torch.maximum(
-        _clustering(b[0], _power(a[0], extent, b[0])), _clustering(b[1], _power(a[1], delta + extent, b[1]))
-    )
-    zero = torch.zeros_like(delta)
-    return _Piece(0, True, zero, zero, extent, power)
+def _tails(delta: Tensor, a: tuple, b: tuple) -> _Pieces:
+    """Beyond the cusp of the first distribution and of the second."""
+    own_a, other_a, own_b, other_b = torch.stack(a), torch.stack(a[::-1]), torch.stack(b), torch.stack(b[::-1])
+    alone = (_cut(own_b).log() / own_b - own_a.log()).exp()
+    t = _power(other_a, delta, other_b)
+    ratio = _cut(other_b) / t.clamp(min=1e-10)
+    beyond = delta * torch.where(ratio < 1e-3, ratio / other_b, torch.expm1(torch.log1p(ratio) / other_b))
+    extent = torch.minimum(alone, torch.where(t < 1e-10, alone.flip(0), beyond))
+    power = _clustering(own_b, _power(own_a, extent, own_b))
+    power = torch.maximum(power, _clustering(other_b, _power(other_a, delta + extent, other_b)))
+    return _Pieces(torch.zeros_like(extent), torch.zeros_like(extent), extent, power)
 
 
 def _turns(pair: _Pair) -> tuple[Tensor, Tensor]:
@@ -135,7 +133,8 @@ def _turns(pair: _Pair) -> tuple[Tensor, Tensor]:
     def value(w):
         return c + p1 * w + (p2 - p1) * torch.nn.functional.softplus(w)
 
-    peak = torch.minimum(torch.where(p1 > 0, -c / p1, end), torch.where(p2 > 0, -c / p2, end))
+    flat = torch.where((p1 == 0) & (c > 0), -end, end)  # two Laplaces: the peak is at the sharper one
+    peak = torch.minimum(torch.where(p1 > 0, -c / p1, end), torch.where(p2 > 0, -c / p2, flat))
     valley = torch.maximum(torch.where(p1 < 0, -c / p1, -end), torch.where(p2 < 0, -c / p2, -end))
     turns = limited(torch.stack((peak, valley)))
     rising = torch.tensor((1.0, -1.0), dtype=c.dtype, device=c.device).view(2, *[1] * c.dim())
@@ -152,8 +151,8 @@ def _turns(pair: _Pair) -> tuple[Tensor, Tensor]:
     return torch.minimum(valley, peak), peak
 
 
-def _plan(pair: _Pair) -> tuple[Tensor, list[_Piece]]:
-    """The least phi, and the pieces of a pair."""
+def _plan(pair: _Pair) -> tuple[Tensor, _Pieces, _Pieces]:
+    """The least phi, the tails, and between the cusps two pieces of the first distribution and one of the second."""
     delta, (a1, a2), (b1, b2) = pair.delta, pair.a, pair.b
     valley, peak = _turns(pair)
     v1 = torch.where(b1 >= 1, 0, delta * valley.sigmoid())
@@ -183,19 +182,17 @@ def _plan(pair: _Pair) -> tuple[Tensor, list[_Piece]]:
         middle = (low + high) / 2
         beyond = above(middle.exp2())
         low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
-    first, middle, last = length.abs() * torch.where(above(1), high, 0).exp2()
-    high = torch.where(from_cusp, last, z2)
-    pieces = [
-        _tail(delta, (a1, a2), (b1, b2)),
-        _tail(delta, (a2, a1), (b2, b1))._replace(anchor=1),
-        _Piece(0, False, zero, delta - first, first, _clustering(b1, _power(a1, first, b1))),
-        _Piece(0, False, (z1 - middle).clamp(min=0), z2, middle, zero + 2),
-        _Piece(
-            1, False, torch.where(from_cusp, 0, z2 - last), torch.where(from_cusp, delta - last, z1), last,
-            _clustering(b2, _power(a2, high, b2)),
-        ),
-    ]  # fmt: skip
-    return least, pieces
+    first, middle, last = extent = length.abs() * torch.where(above(1), high, 0).exp2()
+    low = torch.stack((zero, (z1 - middle).clamp(min=0), torch.where(from_cusp, 0, z2 - last)))
+    far = torch.stack((delta - first, z2, torch.where(from_cusp, delta - last, z1)))
+    power = torch.stack(
+        (
+            _clustering(b1, _power(a1, first, b1)),
+            zero + 2,
+            _clustering(b2, _power(a2, torch.where(from_cusp, last, z2), b2)),
+        )
+    )
+    return least, _tails(delta, pair.a, pair.b), _Pieces(low, far, extent, power)
 
 
 class _Moments(NamedTuple):
@@ -209,38 +206,51 @@ class _Moments(NamedTuple):
     delta: Tensor
 
 
-def _moments(pair: _Pair, least: Tensor, pieces: list[_Piece]) -> _Moments:
-    """In differentiable torch code: on tails the distance from the cusp is fixed, between the cusps its share of delta."""
-    ties = pair.delta == 0
-    size = torch.where(ties, 1, pair.delta.detach())
-    delta = torch.where(ties, 1, pair.delta)
-    sums = [torch.zeros_like(delta)] * 6
-    nodes = torch.tensor(NODES, dtype=delta.dtype, device=delta.device)
-    tiny = torch.finfo(delta.dtype).tiny
+def _moments(pair: _Pair, least: Tensor, tails: _Pieces, between: _Pieces) -> _Moments:
+    """Differentiable: on tails a node's distance from the cusp is fixed, between the cusps its share of delta."""
     (a1, a2), (b1, b2) = pair.a, pair.b
-    for piece in pieces:
-        for start in range(0, len(NODES), GROUP):
-            y, weight = nodes[start : start + GROUP].view(-1, 2, *[1] * delta.dim()).unbind(1)
-            near = y**piece.power
-            if piece.is_tail:
-                own, weight = piece.extent * near, weight * piece.extent * (piece.power * near / y)
-                other = pair.delta + own
-            else:
-                x = near / (near + (1 - y) ** piece.power)
-                own = delta * ((piece.low + piece.extent * x) / size)
-                other = delta * ((piece.far + piece.extent * (1 - x)) / size)
-                weight = weight * torch.where(ties, 0, piece.extent / size) * (piece.power * x * (1 - x) / (y * (1 - y)))
-            d1, d2 = (own, other) if piece.anchor == 0 else (other, own)
-            u1, u2 = (a1 * d1).clamp(min=tiny), (a2 * d2).clamp(min=tiny)
-            t1, t2 = u1**b1, u2**b2
-            e = weight * (least - (t1 + t2)).clamp(-200, 10).exp()
-            if piece.is_tail:
-                moved = -e * (b2 * t2 if piece.anchor == 0 else b1 * t1) / other
-            else:
-                moved, e = e * (1 - b1 * t1 - b2 * t2), e * delta
-            terms = e, e * t1, e * t2, e * t1 * u1.log(), e * t2 * u2.log(), moved
-            sums = [total + term.sum(0) for total, term in zip(sums, terms)]
-    return _Moments(sums[0], (sums[1], sums[2]), (sums[3], sums[4]), sums[5])
+    outer = _sums(pair, least, tails, (a1, a2), (b1, b2), (a2, a1), (b2, b1), True)
+    inner = _sums(pair, least, between, (a1, a1, a2), (b1, b1, b2), (a2, a2, a1), (b2, b2, b1), False)
+
+    def of_first(own, other):
+        return outer[own][0] + outer[other][1] + inner[own][:2].sum(0) + inner[other][2]
+
+    integral, moved = [outer[i].sum(0) + inner[i].sum(0) for i in (0, 5)]
+    return _Moments(integral, (of_first(1, 2), of_first(2, 1)), (of_first(3, 4), of_first(4, 3)), moved)
+
+
+def _sums(pair: _Pair, least: Tensor, pieces: _Pieces, own_a, own_b, other_a, other_b, is_tail: bool) -> list[Tensor]:
+    """Of every piece: 1; t and t log u of the distribution whose cusp it has, and of the other; delta's derivative."""
+    ties = pair.delta == 0
+    size, delta = torch.where(ties, 1, pair.delta.detach()), torch.where(ties, 1, pair.delta)
+    own_a, own_b, other_a, other_b = map(torch.stack, (own_a, own_b, other_a, other_b))
+    nodes = torch.tensor(NODES, dtype=delta.dtype, device=delta.device)
+    tiny, group = torch.finfo(delta.dtype).tiny, len(NODES) if delta.numel() <= FEW else GROUP
+    sums = [torch.zeros_like(own_a)] * 6
+    for start in range(0, len(NODES), group):
+        y, weight = nodes[start : start + group].view(-1, 2, *[1] * own_a.dim()).unbind(1)
+        near = y**pieces.power
+        if is_tail:
+            own, weight = pieces.extent * near, weight * pieces.extent * (pieces.power * near / y)
+            other = pair.delta + own
+        else:
+            x = near / (near + (1 - y) ** pieces.power)
+            own = delta * ((pieces.low + pieces.extent * x) / size)
+            other = delta * ((pieces.far + pieces.extent * (1 - x)) / size)
+            weight = weight * torch.where(ties, 0, pieces.extent / size)
+            weight = weight * (pieces.power * x * (1 - x) / (y * (1 - y)))
+        own_u, other_u = (own_a * own).clamp(min=tiny), (other_a * other).clamp(min=tiny)
+        counts = least - (own_u**own_b + other_u**other_b).detach() > -DEPTH - 1e-4 * least
+        own_u, other_u = torch.where(counts, own_u, 1), torch.where(counts, other_u, 1)
+        own_t, other_t = own_u**own_b, other_u**other_b
+        e = torch.where(counts, weight, 0) * (least - (own_t + other_t)).clamp(-DEPTH, 10).exp()  # least is rounded
+        if is_tail:
+            moved = -e * other_b * other_t / other
+        else:
+            moved, e = e * (1 - own_b * own_t - other_b * other_t), e * delta
+        terms = e, e * own_t, e * other_t, e * own_t * own_u.log(), e * other_t * other_u.log(), moved
+        sums = [total + term.sum(0) for total, term in zip(sums, terms)]
+    return sums
 
 
 def _check(*, eps, reduction, **_):
@@ -250,11 +260,14 @@ def _check(*, eps, reduction, **_):
 
 
 def _inputs(make, *shape):
-    def distribution():
-        inv_alpha = make(*shape, low=0.2, high=3, extreme=(1e-3, 1e1))
-        return make(*shape), inv_alpha, make(*shape, low=0.5, high=3, extreme=(0.2, 4))
+    """Extremes within the domain, without its corners: there float32 derivatives are differences of large terms."""
 
-    return *distribution(), *distribution()
+    def distribution():
+        inv_alpha = make(*shape, low=0.2, high=3, extreme=(1e-2, 1e1))
+        return make(*shape, extreme=(1e-2, 3)), inv_alpha, make(*shape, low=0.5, high=3, extreme=(0.5, 4))
+
+    (mu, *one), (other_mu, *other) = distribution(), distribution()
+    return mu, *one, -other_mu, *other
 
 
 def _detached(pair: _Pair) -> _Pair:
@@ -266,8 +279,8 @@ def _gradient(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, 
         grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta
     )
     pair = _pair(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, eps)
-    least, pieces = _plan(_detached(pair))
-    m = _moments(pair, least, pieces)
+    least, tails, between = _plan(_detached(pair))
+    m = _moments(pair, least, tails, between)
     valid = pair.valid & least.isfinite() & (pair.delta <= FARTHEST)
     size = torch.where(valid, m.integral, 1)
     if reduction == "mean":
@@ -319,11 +332,11 @@ def ggd_match_nll(
         A scalar, or the elements' values for "none"; in nats.
 
     Domain:
-        Relative to max(1, |value|) the error is at most 2e-6 and float32's own rounding for b from 0.2 to 10, a_1/a_2
-        from 1e-4 to 1e4 and distances up to 1e3 of either scale; beyond it grows slowly. b is clamped to [0.1, 32],
-        where its gradient is zero. NaN where a is not in [1e-12, 1e12] or b <= 0. Infinite, and the gradients
-        NaN, where the value is out of the type's range or the distance above 1e30. The gradient for mu is 0 at
-        a tie.
+        For b from 0.2 to 10, a_1/a_2 from 1e-4 to 1e4 and distances up to 1e3 of the wider scale the error, relative to
+        max(1, |value|), is at most 1e-6, and 5e-6 in float32; up to the bounds of b it grows to 3e-4. b is clamped to
+        [0.1, 32], beyond which its gradient is zero. NaN where a is not in [1e-12, 1e12] or b <= 0. Infinite, and the
+        gradients NaN, where the value is out of the type's range or the distance above 1e30. The gradient for mu is 0
+        at a tie; close to one, where a b < 1 makes it small or diverge, it is good to some percent of a only.
 
     Raises:
         ValueError: for an unknown reduction, negative eps, or tensors that differ in dtype or device or do not
@@ -335,8 +348,8 @@ def ggd_match_nll(
     """
     dtype = mu.dtype
     pair = _pair(*_maths.wide(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta), eps)
-    least, pieces = _plan(pair)
-    integral = _moments(pair, least, pieces).integral
+    least, tails, between = _plan(pair)
+    integral = _moments(pair, least, tails, between).integral
     nll = least - integral.log() + 2 * math.log(2)
     for a, b in zip(pair.a, pair.b):
         nll = nll + _ggd.log_normaliser(a, b)
