@@ -25,7 +25,7 @@ struct Accuracy<float> {
   static constexpr float cut = 17, cut_slope = 2.2f;
 };
 
-constexpr double kLeastScale = 1e-12, kLargestScale = 1e12, kLeastShape = 0.1, kLargestShape = 32, kFarthest = 1e30;
+constexpr double kLeastScale = 1e-12, kLargestScale = 1e12, kLeastShape = 0.2, kLargestShape = 10, kFarthest = 1e30;
 constexpr double kLogitLimit = 60, kExtentBits = 50, kDepth = 80;
 
 // Of Gauss and Legendre in (0, 1): y and 1 - y as logarithms and reciprocals.

@@ -24,7 +24,7 @@ from fastprob._op import one_of, operator
 from fastprob.ops import _ggd, _maths
 from fastprob.ops.ggd_nll import REDUCTIONS
 
-SCALES, SHAPES = (1e-12, 1e12), (0.1, 32.0)  # what a may be, and what b is clamped to
+SCALES, SHAPES = (1e-12, 1e12), (0.2, 10.0)  # what a may be, and what b is clamped to
 FARTHEST = 1e30
 FEW, GROUP = 2**14, 8  # up to so many elements all nodes are worked on at once, else so many
 NEWTON_STEPS, BISECTIONS = 5, 8
@@ -74,7 +74,8 @@ class _Pieces(NamedTuple):
     power: Tensor
 
 
-def _pair(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, eps: float) -> _Pair:
+def _pair(tensors: tuple[Tensor, ...], eps: float) -> _Pair:
+    mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta = tensors
     delta = (mu - other_mu).abs()
     a, b, valid = [], [], ~delta.isnan()
     for scale, shape in ((inv_alpha + eps, beta + eps), (other_inv_alpha + eps, other_beta + eps)):
@@ -271,14 +272,15 @@ def _inputs(make, *shape):
 
 
 def _detached(pair: _Pair) -> _Pair:
-    return _Pair(pair.delta.detach(), *[tuple(x.detach() for x in xs) for xs in (pair.a, pair.b)], *pair[3:])
+    (a1, a2), (b1, b2) = pair.a, pair.b
+    return pair._replace(delta=pair.delta.detach(), a=(a1.detach(), a2.detach()), b=(b1.detach(), b2.detach()))
 
 
 def _gradient(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, *, eps, reduction):
     grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta = _maths.wide(
         grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta
     )
-    pair = _pair(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, eps)
+    pair = _pair((mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta), eps)
     least, tails, between = _plan(_detached(pair))
     m = _moments(pair, least, tails, between)
     valid = pair.valid & least.isfinite() & (pair.delta <= FARTHEST)
@@ -332,11 +334,11 @@ def ggd_match_nll(
         A scalar, or the elements' values for "none"; in nats.
 
     Domain:
-        For b from 0.2 to 10, a_1/a_2 from 1e-4 to 1e4 and distances up to 1e3 of the wider scale the error, relative to
-        max(1, |value|), is at most 1e-6, and 5e-6 in float32; up to the bounds of b it grows to 3e-4. b is clamped to
-        [0.1, 32], beyond which its gradient is zero. NaN where a is not in [1e-12, 1e12] or b <= 0. Infinite, and the
-        gradients NaN, where the value is out of the type's range or the distance above 1e30. The gradient for mu is 0
-        at a tie; close to one, where a b < 1 makes it small or diverge, it is good to some percent of a only.
+        b is clamped to [0.2, 10], beyond which its gradient is zero. For a_1/a_2 from 1e-4 to 1e4 and distances up to
+        1e3 of the wider scale the error, relative to max(1, |value|), is at most 1e-6, and 5e-6 in float32. NaN where
+        a is not in [1e-12, 1e12] or b <= 0. Infinite, and the gradients NaN, where the value is out of the type's
+        range or the distance above 1e30. The gradient for mu is 0 at a tie; close to one, where a b < 1 makes it small
+        or diverge, it is good to some percent of inv_alpha only.
 
     Raises:
         ValueError: for an unknown reduction, negative eps, or tensors that differ in dtype or device or do not
@@ -347,7 +349,7 @@ def ggd_match_nll(
         of `probvlm_loss`.
     """
     dtype = mu.dtype
-    pair = _pair(*_maths.wide(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta), eps)
+    pair = _pair(_maths.wide(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta), eps)
     least, tails, between = _plan(pair)
     integral = _moments(pair, least, tails, between).integral
     nll = least - integral.log() + 2 * math.log(2)
