@@ -239,8 +239,7 @@ void find_extents(Pairs<T>& p, Extents<T>& e, int n) {
   }
 }
 
-// Puts the pieces of `kind` that are not empty at the end of the list. First: whether the first distribution has the
-// cusp.
+// Puts the pieces that are not empty at the end of the list. `second`: whether it is the second distribution's cusp.
 template <typename T, int N>
 void add(Pieces<T, N>& out, const Pieces<T, kLanes>& from, int n, bool second) {
   for (int k = 0; k < n; ++k) {
@@ -312,7 +311,7 @@ void add_between(Pieces<T, 3 * kLanes>& out, const Pairs<T>& p, const Extents<T>
   add(out, made, n, second);
 }
 
-// e^-phi, t and the logarithms of u over those where t is own_t and other_t.
+// Adds up e^-phi, and with t and t log2 of the distance over the largest one; for tails t over that, too.
 template <bool has_gradients, bool is_tail, typename T, int N>
 void sum_nodes(Pieces<T, N>& p) {
   const int count = p.count;

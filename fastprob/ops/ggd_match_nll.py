@@ -337,8 +337,8 @@ def ggd_match_nll(
         b is clamped to [0.2, 10], beyond which its gradient is zero. For a_1/a_2 from 1e-4 to 1e4 and distances up to
         1e3 of the wider scale the error, relative to max(1, |value|), is at most 1e-6, and 5e-6 in float32. NaN where
         a is not in [1e-12, 1e12] or b <= 0. Infinite, and the gradients NaN, where the value is out of the type's
-        range or the distance above 1e30. The gradient for mu is 0 at a tie; close to one, where a b < 1 makes it small
-        or diverge, it is good to some percent of inv_alpha only.
+        range or the distance above 1e30. The gradient for mu is 0 at a tie; nearer to one than 1e-3 of the wider scale,
+        where a b < 1 makes it diverge or vanish slowly, its error may be a tenth of inv_alpha.
 
     Raises:
         ValueError: for an unknown reduction, negative eps, or tensors that differ in dtype or device or do not
