@@ -305,4 +305,21 @@ FASTPROB_INLINE Gamma<double> gamma1p(double y) {
           reciprocals};
 }
 
+// ---- for many factors of one power
+// -----------------------------------------------------------------------------------
+
+// log2 x for x > 0; what is less than the least normal number counts as that. 2^v, |v| cut off at 126 in float.
+FASTPROB_INLINE float log2_positive(float x) {
+  const Split<float> s = split_normal(select(x < kTiny<float>, kTiny<float>, x));
+  return s.exponent + log2_polynomial(s.mantissa);
+}
+FASTPROB_INLINE double log2_positive(double x) { return std::log2(select(x < kTiny<double>, kTiny<double>, x)); }
+
+FASTPROB_INLINE float power_of_two(float v) {
+  const float cut = select(v < -126.f, -126.f, select(v > 126.f, 126.f, v));
+  const Exponent e = nearest(cut);
+  return exp2_polynomial(cut - e.n) * e.scale;
+}
+FASTPROB_INLINE double power_of_two(double v) { return std::exp2(v); }
+
 }  // namespace fastprob

@@ -7,6 +7,7 @@ from fastprob._version import __version__
 from fastprob.dropout import mc_dropout_passes
 from fastprob.ops.csd import csd
 from fastprob.ops.gaussian_potential import gaussian_potential
+from fastprob.ops.ggd_match_nll import ggd_match_nll
 from fastprob.ops.ggd_nearest import ggd_nearest
 from fastprob.ops.ggd_nll import ggd_nll
 from fastprob.ops.ggd_pairwise_nll import ggd_pairwise_nll
@@ -32,6 +33,7 @@ __all__ = [
     "encoders",
     "evaluation",
     "gaussian_potential",
+    "ggd_match_nll",
     "ggd_nearest",
     "ggd_nll",
     "ggd_pairwise_nll",

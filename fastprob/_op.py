@@ -9,9 +9,9 @@
                                   (only where the one result is a scalar)
 
 The function's body is their kernel on every device (CompositeExplicitAutograd) and, run on fake tensors, the results'
-shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says that
-tensor i wants its gradient; one that is not wanted, as an integer tensor's or an absent one's never is, comes back as
-an empty tensor of shape (0,). Constant results are those that have no gradient, such as indices.
+shape function. C++ and Triton kernels only override it for a device (`fastprob/_backends.py`). Bit i of `needs` says
+that tensor i wants its gradient; one that is not wanted, as an integer tensor's or an absent one's never is, comes back
+as an empty tensor of shape (0,). Constant results are those that have no gradient, such as indices.
 
 What stands around it: `_arguments.py` reads and checks tensors, `_autograd.py` differentiates, `_vmap.py` batches.
 """
