@@ -53,8 +53,16 @@ def extensions() -> list:
     return [extension for extension in built if extension.sources]
 
 
+class Build(BuildExtension):
+    """Keeps objects, by extension: what has not changed is not compiled again, for a wheel after an install either."""
+
+    def build_extension(self, extension):
+        self.build_temp = str(Path("build", "objects", extension.name))
+        super().build_extension(extension)
+
+
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

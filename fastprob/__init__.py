@@ -9,7 +9,9 @@ from fastprob.ops.csd import csd
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.ggd_match_nll import ggd_match_nll
 from fastprob.ops.ggd_nearest import ggd_nearest
+from fastprob.ops.ggd_nearest_match import ggd_nearest_match
 from fastprob.ops.ggd_nll import ggd_nll
+from fastprob.ops.ggd_pairwise_match_nll import ggd_pairwise_match_nll
 from fastprob.ops.ggd_pairwise_nll import ggd_pairwise_nll
 from fastprob.ops.ggd_sample import ggd_sample
 from fastprob.ops.ggd_variance import ggd_variance
@@ -35,7 +37,9 @@ __all__ = [
     "gaussian_potential",
     "ggd_match_nll",
     "ggd_nearest",
+    "ggd_nearest_match",
     "ggd_nll",
+    "ggd_pairwise_match_nll",
     "ggd_pairwise_nll",
     "ggd_sample",
     "ggd_variance",

@@ -175,3 +175,54 @@ def test_derivatives_where_the_pieces_differ():
     function = lambda *t: fastprob.ggd_match_nll(*t, reduction="sum")  # noqa: E731
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(count, dim, dtype=torch.float64):
+    span = torch.rand(3, count, dim, dtype=torch.float64)
+    return [(4 * span[0] - 2).to(dtype), (0.2 + 2.8 * span[1]).to(dtype), (0.5 + 2.5 * span[2]).to(dtype)]
+
+
+def test_all_pairs_are_the_sums_of_their_coordinates():
+    """More columns than one tile, more coordinates than one block."""
+    rows, columns = rows_of(3, 600), rows_of(35, 600)
+    expected = fastprob.ggd_match_nll(*[t[:, None] for t in rows], *columns, reduction="none").sum(-1)
+    pairs = fastprob.ggd_pairwise_match_nll(*rows, *columns)
+    values, indices = fastprob.ggd_nearest_match(*rows, *columns, k=4)
+    torch.testing.assert_close(pairs, expected, rtol=1e-12, atol=0)
+    least = expected.sort(dim=1)
+    torch.testing.assert_close(values, least.values[:, :4], rtol=1e-12, atol=0)
+    assert indices.equal(least.indices[:, :4])
+
+
+def test_equal_pairs_come_in_order_and_nan_last():
+    rows, columns = rows_of(2, 3), [t.expand(5, -1).clone() for t in rows_of(1, 3)]
+    columns[0][1, 0] = torch.nan
+    values, indices = fastprob.ggd_nearest_match(*rows, *columns, k=5)
+    assert indices.tolist() == [[0, 2, 3, 4, 1]] * 2 and values[:, 4].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(4)}, r"mu must be \[N, D\], got \[4\]"),
+        ({1: torch.ones(3, 4)}, r"inv_alpha must be \[2, 4\] as mu is, got \[3, 4\]"),
+        ({3: torch.zeros(5, 3)}, r"other_mu must be \[M, D\] with D = 4, got \[5, 3\]"),
+        ({5: torch.ones(5, 3)}, r"other_beta must be \[5, 4\] as other_mu is, got \[5, 3\]"),
+    ],
+)
+def test_bad_pairs_are_named(change, message):
+    tensors = [*rows_of(2, 4, torch.float32), *rows_of(5, 4, torch.float32)]
+    for i, tensor in change.items():
+        tensors[i] = tensor
+    for function in (fastprob.ggd_pairwise_match_nll, fastprob.ggd_nearest_match):
+        with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
+            function(*tensors)
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_k_is_of_the_columns(k):
+    with pytest.raises(ValueError, match=f"k must be in 1..M with M = 5, got {k}"):
+        fastprob.ggd_nearest_match(*rows_of(2, 4), *rows_of(5, 4), k=k)

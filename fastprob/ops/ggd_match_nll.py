@@ -15,6 +15,7 @@ Where the nodes lie is not differentiated: the integral does not depend on it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -276,28 +277,43 @@ def _detached(pair: _Pair) -> _Pair:
     return pair._replace(delta=pair.delta.detach(), a=(a1.detach(), a2.detach()), b=(b1.detach(), b2.detach()))
 
 
-def _gradient(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, *, eps, reduction):
-    grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta = _maths.wide(
-        grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta
-    )
-    pair = _pair((mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta), eps)
+def slopes(tensors: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
+    """The elements' derivatives for all six tensors."""
+    pair = _pair(tuple(tensors), eps)
+    mu, _, beta, other_mu, _, other_beta = tensors
     least, tails, between = _plan(_detached(pair))
     m = _moments(pair, least, tails, between)
     valid = pair.valid & least.isfinite() & (pair.delta <= FARTHEST)
     size = torch.where(valid, m.integral, 1)
-    if reduction == "mean":
-        grad = grad / max(mu.numel(), 1)
-    by_a, by_b = [], []
+    of_a, of_b = [], []
     for a, b, t, t_log in zip(pair.a, pair.b, m.t, m.t_log):
         norm_a, norm_b = _ggd.log_normaliser_gradient(a, b)
-        by_a.append(b * t / (a * size) + norm_a)
-        by_b.append(t_log / size + norm_b)
-    by_a, by_b = _exchanged(pair.swapped, by_a), _exchanged(pair.swapped, by_b)
+        of_a.append(b * t / (a * size) + norm_a)
+        of_b.append(t_log / size + norm_b)
+    by_a = _exchanged(pair.swapped, of_a)
     moves = [(beta + eps).clamp(*SHAPES) == beta + eps for beta in (beta, other_beta)]
-    by_b = [torch.where(move, g, 0) for move, g in zip(moves, by_b)]
+    by_b = [torch.where(move, g, 0) for move, g in zip(moves, _exchanged(pair.swapped, of_b))]
     by_mu = -_maths.sign(mu - other_mu) * m.delta / size
-    grads = by_mu, by_a[0], by_b[0], -by_mu, by_a[1], by_b[1]
-    return tuple(grad * torch.where(valid, g, torch.nan) for g in grads)
+    all_six = by_mu, by_a[0], by_b[0], -by_mu, by_a[1], by_b[1]
+    return tuple(torch.where(valid, g, torch.nan) for g in all_six)
+
+
+def values(tensors: Sequence[Tensor], eps: float) -> Tensor:
+    """The elements' values."""
+    pair = _pair(tuple(tensors), eps)
+    least, tails, between = _plan(pair)
+    nll = least - _moments(pair, least, tails, between).integral.log() + 2 * math.log(2)
+    for a, b in zip(pair.a, pair.b):
+        nll = nll + _ggd.log_normaliser(a, b)
+    nll = torch.where(least.isfinite() & (pair.delta <= FARTHEST), nll, torch.inf)
+    return torch.where(pair.valid, nll, torch.nan)
+
+
+def _gradient(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, *, eps, reduction):
+    grad, *tensors = _maths.wide(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta)
+    if reduction == "mean":
+        grad = grad / max(mu.numel(), 1)
+    return tuple(grad * slope for slope in slopes(tensors, eps))
 
 
 @operator(
@@ -348,15 +364,8 @@ def ggd_match_nll(
         ProbVLM (Upadhyay et al., ICCV 2023), eq. 5, which has it as Fox's H function and replaces it by the two halves
         of `probvlm_loss`.
     """
-    dtype = mu.dtype
-    pair = _pair(_maths.wide(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta), eps)
-    least, tails, between = _plan(pair)
-    integral = _moments(pair, least, tails, between).integral
-    nll = least - integral.log() + 2 * math.log(2)
-    for a, b in zip(pair.a, pair.b):
-        nll = nll + _ggd.log_normaliser(a, b)
-    nll = torch.where(least.isfinite() & (pair.delta <= FARTHEST), nll, torch.inf)
-    nll = torch.where(pair.valid, nll, torch.nan)
+    tensors = _maths.wide(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta)
+    nll = values(tensors, eps)
     if reduction != "none":
         nll = nll.mean() if reduction == "mean" else nll.sum()
-    return nll.to(dtype)
+    return nll.to(mu.dtype)
