@@ -5,7 +5,6 @@ Gradients, of N k pairs, are the reference's.
 
 import torch
 
-from fastprob._op import OPS
 from fastprob.kernels._pairwise import HEIGHT, Pairs
 
 ELEMENTS = 2**24  # of a block of rows: 64 MB in float32
@@ -36,6 +35,3 @@ def least(values, k):
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys = (bits.long() << 32) | torch.arange(values.shape[1], device=values.device)
     return keys.topk(k, dim=1, largest=False).values & 0xFFFFFFFF
-
-
-_ggd_nearest_backward = OPS["ggd_nearest"].raw["_ggd_nearest_backward"]

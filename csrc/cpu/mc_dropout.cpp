@@ -6,6 +6,7 @@
 // are squared and summed. bfloat16 products are torch's own, of more rows and passes at a time.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "../random.h"
@@ -22,6 +23,13 @@ constexpr int64_t kTile = 4;           // passes of a row in one product
 constexpr int64_t kDepth = 256;        // units at a time: a panel of `last` takes 16 or 32 KB
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename Body>
+void in_parallel(int64_t count, const Body& body) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) body(i);
+  });
+}
 
 // c += a b for kColumns columns, as in tiles.h, a row-major: by pieces of depth that stay in L1.
 template <typename T>
@@ -242,28 +250,24 @@ void add_squares(const Network<T>& net, Rows<T>& rows) {
 }
 
 // Those of several blocks, by bfloat16 products with `last` [D, width].
-inline void add_squares(const Network<float>& net, std::vector<Rows<float>>& blocks, const Tensor& last) {
+inline void add_squares(
+    const Network<float>& net, const std::vector<std::unique_ptr<Rows<float>>>& blocks, const Tensor& last) {
   const int64_t passes = net.passes.size(), at_once = std::min(kPassesAtOnce, passes), n = blocks.size();
   Tensor units = torch::stable::new_empty(last, {at_once * n * kRowsAtOnce, net.width});
   torch::stable::zero_(units);  // what a last block or pass leaves out
-  const auto each_block = [&](const auto& body) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t end) {
-      for (int64_t block = first; block < end; ++block) body(blocks[block], block * kRowsAtOnce);
-    });
-  };
   for (int64_t pass = 0; pass < passes; pass += at_once) {
     const int64_t some = std::min(at_once, passes - pass);
-    each_block([&](Rows<float>& rows, int64_t row) {
-      auto* to = static_cast<c10::BFloat16*>(units.data_ptr()) + row * net.width;
-      rows.deviations(pass, some, to, n * kRowsAtOnce * net.width, net.width);
+    in_parallel(n, [&](int64_t block) {
+      auto* to = static_cast<c10::BFloat16*>(units.data_ptr()) + block * kRowsAtOnce * net.width;
+      blocks[block]->deviations(pass, some, to, n * kRowsAtOnce * net.width, net.width);
     });
     const Tensor y = torch::stable::matmul(units, torch::stable::transpose(last, 0, 1));
     for_type(y, [&](auto, auto storage) {  // autocast may have chosen another type
       const auto* from = static_cast<const decltype(storage)*>(y.data_ptr());
-      each_block([&](Rows<float>& rows, int64_t row) {
+      in_parallel(n, [&](int64_t block) {
         for (int64_t k = 0; k < some; ++k)
-          for (int64_t i = 0; i < rows.count(); ++i)
-            rows.add_squares(i, from + ((k * n * kRowsAtOnce) + row + i) * net.dim, 0, net.dim);
+          for (int64_t i = 0; i < blocks[block]->count(); ++i)
+            blocks[block]->add_squares(i, from + ((k * n + block) * kRowsAtOnce + i) * net.dim, 0, net.dim);
       });
     });
   }
@@ -311,26 +315,24 @@ void mc_dropout(StableIValue* stack, uint64_t, uint64_t) {
         T(1 / (1 - p))};
     const int64_t blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
     const auto block_at = [&](int64_t block) {
-      return Rows<T>(net, data(hidden), data(constant), block * kRowsAtOnce);
+      return std::make_unique<Rows<T>>(net, data(hidden), data(constant), block * kRowsAtOnce);
     };
     if constexpr (std::is_same_v<T, float>) {
       if (half_products) {
         const Tensor half_last = half_of<S>(last, net.width);
-        for (int64_t block = 0; block < blocks; block += kBlocksAtOnce) {
-          std::vector<Rows<T>> some;
-          for (int64_t at = block; at < std::min(blocks, block + kBlocksAtOnce); ++at) some.push_back(block_at(at));
+        for (int64_t first = 0; first < blocks; first += kBlocksAtOnce) {
+          std::vector<std::unique_ptr<Rows<T>>> some(std::min(kBlocksAtOnce, blocks - first));
+          in_parallel(some.size(), [&](int64_t i) { some[i] = block_at(first + i); });
           add_squares(net, some, half_last);
-          for (Rows<T>& of_block : some) of_block.write(data(out[0]), data(out[1]));
+          in_parallel(some.size(), [&](int64_t i) { some[i]->write(data(out[0]), data(out[1])); });
         }
         return;
       }
     }
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t end) {
-      for (int64_t block = first; block < end; ++block) {
-        Rows<T> of_block = block_at(block);
-        add_squares(net, of_block);
-        of_block.write(data(out[0]), data(out[1]));
-      }
+    in_parallel(blocks, [&](int64_t i) {
+      const auto block = block_at(i);
+      add_squares(net, *block);
+      block->write(data(out[0]), data(out[1]));
     });
   });
   push(stack, out);
