@@ -30,3 +30,8 @@ def power_of_product(x: Tensor, y: Tensor, exponent: Tensor) -> tuple[Tensor, Te
     x, y = torch.where(apart, x, 1), torch.where(apart, y, 1)
     power = torch.where(apart, x.pow(exponent) * y.pow(exponent), product.pow(exponent))
     return power, torch.where(apart, x.log() + y.log(), product.log())
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is no fake, of which only the shape is asked."""
+    return type(tensor) is Tensor and tensor.device.type != "meta"

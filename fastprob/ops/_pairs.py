@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from fastprob.ops._maths import has_numbers
+
 ELEMENTS = 2**22  # of all pairs of a block: 16 MB in float32
 
 
@@ -15,7 +17,7 @@ def blocks(x: Tensor, columns: int) -> Iterator[slice]:
     Without numbers to compute with there is one slice: a shape function must not depend on sizes.
     """
     count = x.shape[0]
-    if type(x) is not Tensor or x.is_meta:
+    if not has_numbers(x):
         yield slice(None)
         return
     rows = max(ELEMENTS // max(columns * x.shape[1], 1), 1)

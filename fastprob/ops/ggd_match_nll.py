@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -300,6 +301,8 @@ def slopes(tensors: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
 
 def values(tensors: Sequence[Tensor], eps: float) -> Tensor:
     """The elements' values."""
+    if not _maths.has_numbers(tensors[0]):  # their shape takes no quadrature
+        return reduce(torch.add, tensors)
     pair = _pair(tuple(tensors), eps)
     least, tails, between = _plan(pair)
     nll = least - _moments(pair, least, tails, between).integral.log() + 2 * math.log(2)

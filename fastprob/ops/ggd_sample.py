@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import operator
-from fastprob.ops import _ggd
+from fastprob.ops import _ggd, _maths
 from fastprob.ops._random import words
 
 STREAM = 1 << 31
@@ -49,11 +49,6 @@ def parameters(inv_alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Ten
     return _ggd.shifted(inv_alpha.double(), beta.double(), eps)
 
 
-def _has_numbers(tensor: Tensor) -> bool:
-    """Whether a tensor is no fake, of which only the shape is asked."""
-    return type(tensor) is Tensor and tensor.device.type != "meta"
-
-
 def _proposal(b: Tensor, element: Tensor, seed: int, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
     """The attempt's U; log G, that of d where v is no number to take the logarithm of; and whether G is taken."""
     of_radius, of_angle, w, u = (
@@ -71,7 +66,7 @@ def draws(b: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """U and log G, each [n, *shape] for b of any shape."""
     shape, b = (n, *b.shape), b.expand(n, *b.shape).flatten()
     u, log_g, taken = _proposal(b, torch.arange(b.shape[0], device=b.device), seed, 0)
-    if _has_numbers(b):
+    if _maths.has_numbers(b):
         rest = (~taken).nonzero()[:, 0]
         for attempt in range(1, ATTEMPTS):
             _, others, taken = _proposal(b[rest], rest, seed, attempt)
@@ -83,7 +78,7 @@ def draws(b: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
 def gradient_of(grad: Tensor, a: Tensor, b: Tensor, u: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for mu, inv_alpha and beta, given what was drawn."""
     k, g = (1 + 1 / b).detach(), log_g.exp()
-    slope = torch._standard_gamma_grad(k.expand_as(g), g) if _has_numbers(g) else g
+    slope = torch._standard_gamma_grad(k.expand_as(g), g) if _maths.has_numbers(g) else g
     spread = u * (log_g / b - a.log()).exp()
     grad_b = -spread * (log_g + slope / (g * b)) / b.square()
     return grad.sum(0), (-grad * spread / a).sum(0), (grad * grad_b).sum(0)
