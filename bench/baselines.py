@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,19 +121,6 @@ def best_nearest(mu: Tensor, inv_alpha: Tensor, beta: Tensor, target: Tensor) ->
     return least.values, least.indices
 
 
-def best_match(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, nodes=64) -> Tensor:
-    """The cross-modal likelihood by the trapezoidal rule on a grid over both distributions: some digits, not all."""
-    a, b, c, d = inv_alpha + 1e-4, beta + 1e-4, other_inv_alpha + 1e-4, other_beta + 1e-4
-    low = torch.minimum(mu - 4 / a, other_mu - 4 / c)
-    step = (torch.maximum(mu + 4 / a, other_mu + 4 / c) - low) / (nodes - 1)
-    total = torch.zeros_like(mu)
-    for i in range(nodes):
-        z = low + i * step
-        total = total + (-((z - mu).abs() * a).pow(b) - ((z - other_mu).abs() * c).pow(d)).exp()
-    logs = torch.lgamma(1 + 1 / b) + torch.lgamma(1 + 1 / d) - (a * c).log() + 2 * math.log(2)
-    return (logs - (total * step).log()).mean()
-
-
 # Operator -> name of a baseline -> the operator's tensors to its result, in the paper's form.
 BASELINES = {
     "csd": {"eager best": best_csd},
@@ -147,7 +132,6 @@ BASELINES = {
         "eager as released": lambda *t: released_term(*t, power=True),
         "eager best": best_term,
     },
-    "ggd_match_nll": {"eager best": best_match},
     "ggd_sample": {"eager": eager_draw},
     "ggd_variance": {"eager best": best_variance},
     "gaussian_potential": {"eager as released": released_potential, "eager best": best_potential},
