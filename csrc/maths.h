@@ -305,8 +305,7 @@ FASTPROB_INLINE Gamma<double> gamma1p(double y) {
           reciprocals};
 }
 
-// ---- for many factors of one power
-// -----------------------------------------------------------------------------------
+// ---- factors of powers, in loops over many -------------------------------------------------------------------------
 
 // log2 x for x > 0; what is less than the least normal number counts as that. 2^v, |v| cut off at 126 in float.
 FASTPROB_INLINE float log2_positive(float x) {

@@ -58,16 +58,18 @@ def _references() -> dict[str, Callable]:
 
 
 def _triton_kernel(name: str) -> Callable | None:
-    """The launcher of a torch operator, imported on its first call; the reference where its module has none."""
+    """The launcher of a torch operator, imported on its first call; of its derivatives the reference where the module
+    has none.
+    """
     op = next((op for op in OPS.values() if name in op.raw), None)
     module = f"fastprob.kernels.{op.name if op else name.strip('_')}"
     if not all(map(_found, ("triton", "fastprob.kernels", module))):
         return None
     defaults: dict = op.options if op else {}
-    reference = op.raw[name] if op else None
+    instead = [op.raw[name]] if op and name != op.name else []
 
     def launch(*args, **kwargs):
-        return getattr(importlib.import_module(module), name, reference)(*args, **{**defaults, **kwargs})
+        return getattr(importlib.import_module(module), name, *instead)(*args, **{**defaults, **kwargs})
 
     return launch
 
