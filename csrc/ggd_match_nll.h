@@ -226,7 +226,7 @@ void find_extents(Pairs<T>& p, Extents<T>& e, int n) {
 #pragma omp simd
       for (int k = 0; k < n; ++k) {
         const T middle = (low[k] + high[k]) / 2;
-        const bool far = above(p, k, e.d1[piece][k], e.d2[piece][k], e.length[piece][k] * power_of_two(middle));
+        const bool far = above(p, k, e.d1[piece][k], e.d2[piece][k], e.length[piece][k] * exp2_bounded(middle));
         low[k] = select(far, low[k], middle), high[k] = select(far, middle, high[k]);
       }
     }
@@ -234,7 +234,7 @@ void find_extents(Pairs<T>& p, Extents<T>& e, int n) {
     for (int k = 0; k < n; ++k) {
       const T length = e.length[piece][k];
       const bool cut_off = above(p, k, e.d1[piece][k], e.d2[piece][k], length);
-      e.reach[piece][k] = std::fabs(length) * select(cut_off, power_of_two(high[k]), T(1));
+      e.reach[piece][k] = std::fabs(length) * select(cut_off, exp2_bounded(high[k]), T(1));
     }
   }
 }
@@ -258,7 +258,7 @@ void add(Pieces<T, N>& out, const Pieces<T, kLanes>& from, int n, bool second) {
 // found: the same for all nodes of the piece.
 template <typename T>
 FASTPROB_INLINE T offset(T t, T b, T low, T d, T a) {
-  return t * power_of_two(b * log2_positive(low)) - power(d, a, b).t;
+  return t * exp2_bounded(b * log2_positive(low)) - power(d, a, b).t;
 }
 
 template <typename T>
@@ -318,19 +318,19 @@ void sum_nodes(Pieces<T, N>& p) {
   for (const Node<T> node : nodes<T>()) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-      const T q = p.power[i], log2_near = q * node.log2, near = power_of_two(log2_near);
+      const T q = p.power[i], log2_near = q * node.log2, near = exp2_bounded(log2_near);
       T log2_own = log2_near, x = near, rest = near, slope = q * near * node.inverse;
       if constexpr (!is_tail) {
-        const T far = power_of_two(q * node.log2_rest), inverse = 1 / (near + far);
+        const T far = exp2_bounded(q * node.log2_rest), inverse = 1 / (near + far);
         x = near * inverse, rest = far * inverse, slope = q * x * rest * node.inverse_both;
         log2_own = log2_positive(p.own_low[i] + (1 - p.own_low[i]) * x);
       }
       const T other = p.other_low[i] + (1 - p.other_low[i]) * rest, log2_other = log2_positive(other);
-      const T own_t = p.own_t[i] * power_of_two(p.own_b[i] * log2_own);
-      const T other_t = p.other_t[i] * power_of_two(p.other_b[i] * log2_other);
+      const T own_t = p.own_t[i] * exp2_bounded(p.own_b[i] * log2_own);
+      const T other_t = p.other_t[i] * exp2_bounded(p.other_b[i] * log2_other);
       const T least = p.least[i], depth = least - (own_t + other_t);
       const T cut = largest_of(least_of(depth, T(10)), T(-kDepth)) * T(1 / kLn2);  // least is rounded
-      const T e = select(depth > T(-kDepth) - T(1e-4) * least, node.weight * slope * power_of_two(cut), T(0));
+      const T e = select(depth > T(-kDepth) - T(1e-4) * least, node.weight * slope * exp2_bounded(cut), T(0));
       p.sum[i] += e;
       if constexpr (has_gradients) {
         const T own = e * own_t, others = e * other_t;

@@ -314,11 +314,11 @@ FASTPROB_INLINE float log2_positive(float x) {
 }
 FASTPROB_INLINE double log2_positive(double x) { return std::log2(select(x < kTiny<double>, kTiny<double>, x)); }
 
-FASTPROB_INLINE float power_of_two(float v) {
+FASTPROB_INLINE float exp2_bounded(float v) {
   const float cut = select(v < -126.f, -126.f, select(v > 126.f, 126.f, v));
   const Exponent e = nearest(cut);
   return exp2_polynomial(cut - e.n) * e.scale;
 }
-FASTPROB_INLINE double power_of_two(double v) { return std::exp2(v); }
+FASTPROB_INLINE double exp2_bounded(double v) { return std::exp2(v); }
 
 }  // namespace fastprob
