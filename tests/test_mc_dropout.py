@@ -64,6 +64,19 @@ def test_a_row_that_is_not_finite_is_nan_and_alone_in_it(backend):
         assert result[[4, 9]].isnan().all() and result[others].equal(clean[others])
 
 
+def test_an_infinite_weight_is_nan_in_its_own_output(backend):
+    """It lies where products of the outputs before it, padded to whole panels, must not read on."""
+    tensors = OPS["mc_dropout"].inputs(maker(torch.float32), 5, 30, 7, 70)
+    expected = fastprob.mc_dropout(*tensors, passes=5)
+    for output in range(1, 70):
+        tensors[3][output], before = torch.inf, tensors[3][output].clone()
+        others = [i for i in range(70) if i != output]
+        for result, clean in zip(fastprob.mc_dropout(*tensors, passes=5), expected):
+            assert not result[:, output].isfinite().any()
+            torch.testing.assert_close(result[:, others], clean[:, others])
+        tensors[3][output] = before
+
+
 PEAK = """
 import resource, torch, fastprob
 torch.set_num_threads(1)

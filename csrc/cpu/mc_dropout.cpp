@@ -126,7 +126,7 @@ class Rows {
       for (int64_t c = 0; c < net_.width; ++c) {
         if (c % kColumns<T> == 0) *before++ = n;
         live[n] = c;
-        n += net_.dense | (mean_[i * net_.width + c] != 0);
+        n += c < net_.units && (net_.dense || mean_[i * net_.width + c] != 0);  // `last` ends with the units
       }
       *before = n;
     }
