@@ -57,7 +57,7 @@ class Build(BuildExtension):
     """Keeps objects, by extension: what has not changed is not compiled again, for a wheel after an install either."""
 
     def build_extension(self, extension):
-        self.build_temp = str(Path("build", "objects", extension.name))
+        self.build_temp = str(Path(self.get_finalized_command("build").build_base, "objects", extension.name))
         super().build_extension(extension)
 
 

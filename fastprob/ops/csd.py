@@ -34,11 +34,15 @@ def _inputs(make, rows, columns, dim):
 
 
 def _centred(mean: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The points less the mean of the finite ones; NaN in place of those that are not finite."""
-    x, y = (torch.where(t.isfinite().all(dim=1, keepdim=True), t, torch.nan) for t in (mean, other))
-    finite = [t.detach().nan_to_num(0) for t in (x, y)]
-    centre = sum(t.sum(dim=0) for t in finite) / max(x.shape[0] + y.shape[0], 1)
-    return x - centre, y - centre
+    """The points less the mean of them all, where that is finite."""
+    centre = (mean.sum(dim=0) + other.sum(dim=0)) / max(mean.shape[0] + other.shape[0], 1)
+    centre = torch.where(centre.isfinite(), centre, 0)
+    return mean - centre, other - centre
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    squares = torch.linalg.vecdot(x, x)
+    return torch.where(squares.isfinite(), squares, torch.nan)
 
 
 def _gradient(grad, mean, variance, other_mean, other_variance):
@@ -81,6 +85,6 @@ def csd(mean: Tensor, variance: Tensor, other_mean: Tensor, other_variance: Tens
     dtype = mean.dtype
     mean, variance, other_mean, other_variance = wide(mean, variance, other_mean, other_variance)
     x, y = _centred(mean, other_mean)
-    squares = x.square().sum(dim=1, keepdim=True) + y.square().sum(dim=1)
+    squares = _squared_norm(x)[:, None] + _squared_norm(y)
     distance = torch.addmm(squares, x, y.T, alpha=-2).clamp_min_(0)
     return distance.add_(variance.sum(dim=1, keepdim=True)).add_(other_variance.sum(dim=1)).to(dtype)
