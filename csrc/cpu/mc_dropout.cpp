@@ -2,8 +2,9 @@
 //
 // A block's product of all of `hidden` is computed once; a pass takes off what it drops, or sums what it keeps,
 // whichever is fewer. Passes are gone through twice, so that nothing cancels: for the mean of their units, then, some
-// at a time, for the units less that mean. These lie in L2, and their products with a panel of `last` in L1, where they
-// are squared and summed. bfloat16 products are torch's own, of more rows and passes at a time.
+// at a time, for the units less that mean; the units of the first passes are kept for the second time. The differences
+// lie in L2, and their products with a panel of `last` in L1, where they are squared and summed. bfloat16 products are
+// torch's own, of more rows and passes at a time.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 16;    // rows of a block
 constexpr int64_t kPassesAtOnce = 8;   // their units, 128 rows of 512, take 256 KB
+constexpr int64_t kKept = 1 << 18;     // units of a block that are kept: of 32 passes of 512 each
 constexpr int64_t kBlocksAtOnce = 16;  // blocks of one bfloat16 product: of 2048 rows
 constexpr int64_t kTile = 4;           // passes of a row in one product
 constexpr int64_t kDepth = 256;        // units at a time: a panel of `last` takes 16 or 32 KB
@@ -106,7 +108,9 @@ class Rows {
         squares_(padded_ * net_.out_width),
         live_(padded_ * net_.width),
         before_(padded_ * (panels() + 1)),
-        part_(padded_ * kColumns<T>) {
+        part_(padded_ * kColumns<T>),
+        kept_(std::min<int64_t>(net_.passes.size(), kKept / (kRowsAtOnce * std::max<int64_t>(net_.width, 1)))),
+        units_(new T[kept_ * padded_ * net_.width]) {
     for (int64_t i = 0; i < count_; ++i) {
       T* row = &hidden_[i * net_.hidden];
       std::copy_n(h + (first + i) * net_.hidden, net_.hidden, row);
@@ -115,7 +119,7 @@ class Rows {
     }
     for (int64_t j = 0; j < net_.width; j += kColumns<T>)
       add_product(hidden_.data(), net_.hidden, &net_.fold[j * net_.hidden], net_.hidden, &all_[j], net_.width, padded_);
-    units(0, net_.passes.size(), [&](int64_t, int64_t i, int64_t j, const T* unit) {
+    units<true>(0, net_.passes.size(), [&](int64_t, int64_t i, int64_t j, const T* unit) {
       T* sum = &mean_[i * net_.width + j];
 #pragma omp simd
       for (int64_t c = 0; c < kColumns<T>; ++c) sum[c] += unit[c];
@@ -153,12 +157,10 @@ class Rows {
   // The same of live units alone, side by side.
   void live_deviations(int64_t pass, int64_t some, T* out, int64_t pass_stride, int64_t row_stride) {
     units(pass, some, [&](int64_t k, int64_t i, int64_t j, const T* unit) {
-      const T* mean = &mean_[i * net_.width + j];
-      T* to = out + k * pass_stride + i * row_stride + live_before(i, j);
-      for (int64_t c = 0; c < kColumns<T>; ++c) {
-        *to = unit[c] - mean[c];
-        to += net_.dense | (mean[c] != 0);
-      }
+      const T* mean = &mean_[i * net_.width];
+      T* to = out + k * pass_stride + i * row_stride;
+      for (int64_t n = live_before(i, j); n < live_before(i, j + kColumns<T>); ++n)
+        to[n] = unit[live(i)[n] - j] - mean[live(i)[n]];
     });
   }
 
@@ -190,30 +192,34 @@ class Rows {
   int64_t panels() const { return net_.width / kColumns<T>; }
 
   // Calls use(k, i, j, units) for kColumns units of the k-th of some passes, of row i from unit j on.
-  template <typename Use>
+  template <bool first_time = false, typename Use>
   void units(int64_t pass, int64_t some, const Use& use) {
     for (int64_t j = 0; j < net_.width; j += kColumns<T>)
       for (int64_t k = 0; k < some; ++k) {
-        const auto& [drops, chosen] = net_.passes[pass + k];
-        const int64_t depth = chosen.size();
-        std::fill(part_.begin(), part_.end(), T(0));
-        for (int64_t i = 0; i < padded_; i += kRows)
-          add_product(
-              Left<T>{&hidden_[i * net_.hidden], net_.hidden, 1}, &net_.fold[j * net_.hidden], depth,
-              &part_[i * kColumns<T>], kColumns<T>, Chosen{chosen.data()});
-        const T rest = drops ? T(1) : T(0), sign = drops ? T(-1) : T(1), scale = net_.scale;
-        for (int64_t i = 0; i < padded_; ++i) {
-          const int64_t at = i * net_.width + j;
-          const T *all = &all_[at], *constant = &constant_[at];
-          T* part = &part_[i * kColumns<T>];
-#pragma omp simd
-          for (int64_t c = 0; c < kColumns<T>; ++c) {
-            const T z = (rest * all[c] + sign * part[c]) * scale + constant[c];
-            part[c] = select(z < 0, T(0), z);
-          }
-          use(k, i, j, part);
-        }
+        const bool kept = pass + k < kept_;
+        T* units = kept ? &units_[(pass + k) * padded_ * net_.width + j * padded_] : part_.data();
+        if (first_time || !kept) compute(net_.passes[pass + k], j, units);
+        for (int64_t i = 0; i < padded_; ++i) use(k, i, j, units + i * kColumns<T>);
       }
+  }
+
+  // A pass's units of all rows from unit j on, to [count, kColumns].
+  void compute(const Pass& pass, int64_t j, T* out) const {
+    std::fill_n(out, padded_ * kColumns<T>, T(0));
+    for (int64_t i = 0; i < padded_; i += kRows)
+      add_product(
+          Left<T>{&hidden_[i * net_.hidden], net_.hidden, 1}, &net_.fold[j * net_.hidden], pass.units.size(),
+          out + i * kColumns<T>, kColumns<T>, Chosen{pass.units.data()});
+    const T rest = pass.drops ? T(1) : T(0), sign = pass.drops ? T(-1) : T(1), scale = net_.scale;
+    for (int64_t i = 0; i < padded_; ++i) {
+      const T *all = &all_[i * net_.width + j], *constant = &constant_[i * net_.width + j];
+      T* unit = out + i * kColumns<T>;
+#pragma omp simd
+      for (int64_t c = 0; c < kColumns<T>; ++c) {
+        const T z = (rest * all[c] + sign * unit[c]) * scale + constant[c];
+        unit[c] = select(z < 0, T(0), z);
+      }
+    }
   }
 
   const Network<T>& net_;
@@ -221,6 +227,8 @@ class Rows {
   std::vector<T> hidden_, constant_, all_, mean_, squares_;  // all: the product without dropout
   std::vector<int64_t> live_, before_;                       // see live()
   std::vector<T> part_;                                      // scratch: a panel of [count, kColumns]
+  int64_t kept_;                                             // passes whose units are kept: [kept], panels
+  std::unique_ptr<T[]> units_;
 };
 
 // The squares of a block, by products of its own type: some passes of a row by its live units.
