@@ -2,15 +2,19 @@
 // lanes, which vectorises, inside of one over steps or nodes; what a lane has is kept in arrays that fit into L1.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
 #include <vector>
 
-#include "elementwise.h"
-#include "ggd.h"
+#include "maths.h"
 
 namespace fastprob {
 namespace match {
 
-constexpr int kLanes = 64, kPieces = 5;
+constexpr int kLanes = 64;
 constexpr int kNewtonSteps = 5, kBisections = 8;
 
 // As the reference in double; in float so many nodes, and so much cut off, that nothing is lost to its rounding.
