@@ -76,7 +76,7 @@ class _Pieces(NamedTuple):
     power: Tensor
 
 
-def _pair(tensors: tuple[Tensor, ...], eps: float) -> _Pair:
+def _pair(tensors: Sequence[Tensor], eps: float) -> _Pair:
     mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta = tensors
     delta = (mu - other_mu).abs()
     a, b, valid = [], [], ~delta.isnan()
@@ -84,8 +84,7 @@ def _pair(tensors: tuple[Tensor, ...], eps: float) -> _Pair:
         valid = valid & (scale >= SCALES[0]) & (scale <= SCALES[1]) & (shape > 0)
         a.append(scale)
         b.append(shape.clamp(*SHAPES))
-    a = [torch.where(valid, x, 1) for x in a]
-    b = [torch.where(valid, x, 1) for x in b]
+    a, b = ([torch.where(valid, x, 1) for x in each] for each in (a, b))
     delta = torch.where(valid, delta, 0)
     swapped = b[0] > b[1]
     return _Pair(delta, _exchanged(swapped, a), _exchanged(swapped, b), swapped, valid)
@@ -258,8 +257,7 @@ def _sums(pair: _Pair, least: Tensor, pieces: _Pieces, own_a, own_b, other_a, ot
 
 def _check(*, eps, reduction, **_):
     one_of("ggd_match_nll", "reduction", reduction, REDUCTIONS)
-    if not eps >= 0:
-        raise ValueError(f"ggd_match_nll: eps must be at least 0, got {eps}")
+    _ggd.check_eps("ggd_match_nll", eps)
 
 
 def _inputs(make, *shape):
@@ -280,7 +278,7 @@ def _detached(pair: _Pair) -> _Pair:
 
 def slopes(tensors: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
     """The elements' derivatives for all six tensors."""
-    pair = _pair(tuple(tensors), eps)
+    pair = _pair(tensors, eps)
     mu, _, beta, other_mu, _, other_beta = tensors
     least, tails, between = _plan(_detached(pair))
     m = _moments(pair, least, tails, between)
@@ -303,7 +301,7 @@ def values(tensors: Sequence[Tensor], eps: float) -> Tensor:
     """The elements' values."""
     if not _maths.has_numbers(tensors[0]):  # their shape takes no quadrature
         return reduce(torch.add, tensors)
-    pair = _pair(tuple(tensors), eps)
+    pair = _pair(tensors, eps)
     least, tails, between = _plan(pair)
     nll = least - _moments(pair, least, tails, between).integral.log() + 2 * math.log(2)
     for a, b in zip(pair.a, pair.b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastprob._op import operator
-from fastprob.ops import _maths, _pairs
+from fastprob.ops import _ggd, _maths, _pairs
 from fastprob.ops.ggd_match_nll import slopes, values
 
 NUMBERS = 64  # that the quadrature holds for a coordinate of a pair
@@ -14,8 +14,7 @@ NUMBERS = 64  # that the quadrature holds for a coordinate of a pair
 def check_matches(op: str, *, eps, **arguments) -> None:
     names = ("mu", "inv_alpha", "beta")
     _pairs.check_sides(op, arguments, names, [f"other_{name}" for name in names])
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    _ggd.check_eps(op, eps)
 
 
 def match_inputs(make, rows, columns, dim):
