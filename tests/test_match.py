@@ -10,17 +10,7 @@ from scipy.integrate import quad
 
 import fastprob
 
-BACKENDS = ["kernels", "reference"]
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def path(request):
-    """With the CPU's kernels and without."""
-    if request.param == "kernels":
-        yield request.param
-    else:
-        with fastprob.backend("reference"):
-            yield request.param
+pytestmark = pytest.mark.usefixtures("served_by")
 
 
 def match(*parameters, dtype=torch.float64):
@@ -185,9 +175,9 @@ def rows_of(count, dim, dtype=torch.float64):
     return [(4 * span[0] - 2).to(dtype), (0.2 + 2.8 * span[1]).to(dtype), (0.5 + 2.5 * span[2]).to(dtype)]
 
 
-def test_all_pairs_are_the_sums_of_their_coordinates(path):
+def test_all_pairs_are_the_sums_of_their_coordinates(served_by):
     """Of the kernels more columns than one tile, more coordinates than one block."""
-    count, dim = (35, 600) if path == "kernels" else (7, 20)
+    count, dim = (35, 600) if served_by == "cpu" else (7, 20)
     rows, columns = rows_of(2, dim), rows_of(count, dim)
     expected = fastprob.ggd_match_nll(*[t[:, None] for t in rows], *columns, reduction="none").sum(-1)
     pairs = fastprob.ggd_pairwise_match_nll(*rows, *columns)
@@ -221,6 +211,15 @@ def test_bad_pairs_are_named(change, message):
     for function in (fastprob.ggd_pairwise_match_nll, fastprob.ggd_nearest_match):
         with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
             function(*tensors)
+
+
+def test_bad_options_are_named():
+    tensors = [*rows_of(2, 4), *rows_of(2, 4)]
+    for function in (fastprob.ggd_match_nll, fastprob.ggd_pairwise_match_nll, fastprob.ggd_nearest_match):
+        with pytest.raises(ValueError, match=f"{function.__name__}: eps must be at least 0, got nan"):
+            function(*tensors, eps=math.nan)
+    with pytest.raises(ValueError, match="ggd_match_nll: reduction must be one of 'mean', 'sum', 'none', got 'avg'"):
+        fastprob.ggd_match_nll(*tensors, reduction="avg")
 
 
 @pytest.mark.parametrize("k", [0, 6])

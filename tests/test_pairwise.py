@@ -12,16 +12,7 @@ from fastprob import _backends
 from fastprob._op import OPS
 from fastprob.ops import _ggd
 
-BACKENDS = ["reference", "cpu"]
 SHAPES = [(1, 1, 1), (33, 65, 3), (2, 70, 513), (35, 2, 1030), (0, 3, 4), (3, 0, 4), (3, 2, 0)]  # N, M, D
-
-
-@pytest.fixture(params=BACKENDS)
-def served_by(request):
-    if request.param == "cpu" and ("ggd_nearest", "CPU") not in _backends._native:
-        pytest.skip("no C++ kernel")
-    with fastprob.backend(request.param):
-        yield request.param
 
 
 def problem(rows, columns, dim, dtype=torch.float32):
