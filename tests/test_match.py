@@ -73,6 +73,15 @@ def test_quadrature_over_the_domain(ratio):
         for i, (b, d) in enumerate(shapes)
         for distance in (0.0, (1e-3, 0.1, 1.0)[i % 3], (4.0, 30.0, 1e3)[i % 3])
     ]
+    check_by_quad(cases)
+
+
+def test_quadrature_where_one_cusp_lies_near_a_much_wider_one():
+    """Without a valley between them, and with a tail that the other's cusp, as sharp, begins just before."""
+    check_by_quad([(1.0, 4.485, 7600.0, 0.455, 0.439), (1.0, 0.77, 9700.0, 0.2555, 2.6e-4)])
+
+
+def check_by_quad(cases):
     a, b, c, d, delta = np.array(cases).T
     truth = np.array([by_quad(*case) for case in cases])
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 5e-6)):
