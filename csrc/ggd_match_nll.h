@@ -2,15 +2,19 @@
 // lanes, which vectorises, inside of one over steps or nodes; what a lane has is kept in arrays that fit into L1.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
 #include <vector>
 
-#include "elementwise.h"
-#include "ggd.h"
+#include "maths.h"
 
 namespace fastprob {
 namespace match {
 
-constexpr int kLanes = 64, kPieces = 5;
+constexpr int kLanes = 64;
 constexpr int kNewtonSteps = 5, kBisections = 8;
 
 // As the reference in double; in float so many nodes, and so much cut off, that nothing is lost to its rounding.
@@ -185,9 +189,8 @@ void find_turns(Pairs<T>& p, int n) {
     const bool inside = (p1 < 0) & (p2 > 0), both = (p1 < 0) & (p2 >= 0);
     const T lowest = select(inside, limited(log_positive(select(inside, -p1 / p2, T(1)))), end);
     const bool apart = c[k] + p1 * lowest + (p2 - p1) * softplus(lowest).first < 0, none = both & !apart;
-    const T top = select(none, T(0), select(p2 < 0, valley[k], peak[k]));
-    p.peak[k] = top;
-    p.valley[k] = least_of(select(none, T(0), select(p1 >= 0, -end, valley[k])), top);
+    p.peak[k] = select(none, T(0), select(p2 < 0, valley[k], peak[k]));
+    p.valley[k] = select(none, T(0), select(p1 >= 0, -end, valley[k]));
   }
 }
 
@@ -231,11 +234,7 @@ void find_extents(Pairs<T>& p, Extents<T>& e, int n) {
       }
     }
 #pragma omp simd
-    for (int k = 0; k < n; ++k) {
-      const T length = e.length[piece][k];
-      const bool cut_off = above(p, k, e.d1[piece][k], e.d2[piece][k], length);
-      e.reach[piece][k] = std::fabs(length) * select(cut_off, exp2_bounded(high[k]), T(1));
-    }
+    for (int k = 0; k < n; ++k) e.reach[piece][k] = std::fabs(e.length[piece][k]) * exp2_bounded(high[k]);
   }
 }
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree
 
 from fastprob.ops._random import kept
 
-WHOLE_CHANNELS = {nn.Dropout1d: 3, nn.Dropout2d: 3, nn.Dropout3d: 5}  # and the dimensions of their inputs in batches
+WHOLE_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DROPOUTS = (nn.Dropout, *WHOLE_CHANNELS)
 
 
@@ -39,7 +39,8 @@ def mc_dropout_passes(
 
     Args:
         module: with `nn.Dropout`, `nn.Dropout1d`, `2d` or `3d` layers whose inputs have the batch first. A layer that
-            is called twice drops the same units both times. Dropout by function is off, as in evaluation mode.
+            is called twice drops the same units both times. Dropout by function is off, as in evaluation mode. What
+            `torch.compile` made is run as it was before. `copy.deepcopy` has to take what a module holds.
         x: rows [N, ...] on the module's device, N may be 0; or a tuple of such tensors, the positional arguments.
         passes: M, at least 1.
         seed: of the masks, the same bits on every device. Layers are counted in the order of `module.modules()`, those
@@ -103,21 +104,29 @@ def _check(module: nn.Module, inputs: tuple[Tensor, ...], passes: int, batch_siz
 
 
 def _draws_unseen(layer: nn.Module) -> bool:
-    if isinstance(layer, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
-        return layer.p > 0
-    return isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)) and layer.dropout > 0
+    if isinstance(layer, nn.RNNBase):
+        return layer.dropout > 0 and layer.num_layers > 1  # between its layers
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.dropout > 0
+    return isinstance(layer, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and layer.p > 0
 
 
 def _thinned(module: nn.Module, run: _Run) -> nn.Module:
     """A copy in evaluation mode whose dropout layers drop as `run` says. Parameters are shared; buffers, which a module
     may write, are copied.
     """
-    memo: dict[int, Tensor] = {id(t): t for t in module.parameters()}
+    memo: dict[int, Tensor | nn.Module] = {id(t): t for t in module.parameters()}
     for layer in module.modules():
         for t in (*layer._buffers.values(), *vars(layer).values()):
             if isinstance(t, Tensor):  # deepcopy refuses those that are computed from others
                 memo.setdefault(id(t), t.detach().clone())
+    for layer in reversed(list(module.modules())):
+        if "_orig_mod" in layer._modules:  # a compiled one, which every pass would compile anew
+            memo[id(layer)] = copy.deepcopy(layer._orig_mod, memo)
     network = copy.deepcopy(module, memo).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.use_nested_tensor = False  # these have no rows to drop units of
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, DROPOUTS)]
     for stream, (name, layer) in enumerate(layers):
         # Hooks keep encoder layers off their fused path, which would leave the layer out.
@@ -127,8 +136,9 @@ def _thinned(module: nn.Module, run: _Run) -> nn.Module:
 
 def _drop(run: _Run, stream: int, name: str, layer: nn.Module, _, x: Tensor) -> Tensor:
     """What a dropout layer gives for x [passes rows, ...], laid out pass by pass."""
-    count, of_channels = max(run.passes, 1) * run.rows, isinstance(layer, tuple(WHOLE_CHANNELS))
-    if x.dim() < (WHOLE_CHANNELS.get(type(layer), 3) if of_channels else 1) or x.shape[0] != count:
+    count, of_channels = max(run.passes, 1) * run.rows, isinstance(layer, WHOLE_CHANNELS)
+    least = 5 if isinstance(layer, nn.Dropout3d) else 3 if of_channels else 1
+    if x.dim() < least or x.shape[0] != count:
         raise ValueError(
             f"mc_dropout_passes: the input of dropout {name!r} must have the batch first, {count} here, "
             f"got {tuple(x.shape)}"
@@ -170,12 +180,11 @@ def _output(network: nn.Module, run: _Run, block: list[Tensor], first: int, pass
     output = network(*[t.repeat(copies, *[1] * (t.dim() - 1)) for t in block])  # a network may write its inputs
     if not run.called:
         raise ValueError("mc_dropout_passes: module must call its dropout layers, but its forward pass called none")
-    for t in _tensors(output):
-        if not t.is_floating_point() or t.dim() == 0 or t.shape[0] != copies * run.rows:
-            raise ValueError(
-                f"mc_dropout_passes: outputs must be floating-point [N, ...], got {t.dtype} {tuple(t.shape)} "
-                f"for N = {copies * run.rows}"
-            )
+    tensors = _tensors(output)
+    bad = [t for t in tensors if not t.is_floating_point() or t.dim() == 0 or t.shape[0] != copies * run.rows]
+    if bad or not tensors:
+        got = f"{bad[0].dtype} {tuple(bad[0].shape)} for N = {copies * run.rows}" if bad else type(output).__name__
+        raise ValueError(f"mc_dropout_passes: outputs must be floating-point [N, ...], got {got}")
     return output
 
 

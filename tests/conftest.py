@@ -100,6 +100,18 @@ def assert_within_budget(actual, reference, truth, what="", exempt=False):
     )
 
 
+@pytest.fixture(params=["cpu", "reference"])
+def served_by(request):
+    """The CPU's kernels, then the reference; the name of `fastprob.backend`."""
+    import fastprob
+    from fastprob import _backends
+
+    if request.param == "cpu" and _backends._reasons["cpu"] == "not built":
+        pytest.skip("no C++ kernels")
+    with fastprob.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Waking a second thread costs more than small products, far more on a busy machine."""

@@ -48,10 +48,10 @@ def test_what_is_not_finite_stays_in_its_row(bad):
     ("shapes", "message"),
     [
         (((3,), (3,), (2, 3), (2, 3)), r"mean must be \[N, D\], got \[3\]"),
-        (((3, 4), (3, 1), (2, 4), (2, 4)), r"variance must be \[N, D\] as mean is, \[3, 4\], got \[3, 1\]"),
+        (((3, 4), (3, 1), (2, 4), (2, 4)), r"variance must be \[N, D\] = \[3, 4\] as mean is, got \[3, 1\]"),
         (((3, 4), (3, 4), (2, 5), (2, 5)), r"other_mean must be \[M, D\] with D = 4, got \[2, 5\]"),
         (((3, 4), (3, 4), (4,), (4,)), r"other_mean must be \[M, D\] with D = 4, got \[4\]"),
-        (((3, 4), (3, 4), (2, 4), (2,)), r"other_variance must be \[M, D\] as other_mean is, \[2, 4\], got \[2\]"),
+        (((3, 4), (3, 4), (2, 4), (2,)), r"other_variance must be \[M, D\] = \[2, 4\] as other_mean is, got \[2\]"),
     ],
 )
 def test_bad_shapes_are_named(shapes, message):

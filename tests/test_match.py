@@ -10,17 +10,7 @@ from scipy.integrate import quad
 
 import fastprob
 
-BACKENDS = ["kernels", "reference"]
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def path(request):
-    """With the CPU's kernels and without."""
-    if request.param == "kernels":
-        yield
-    else:
-        with fastprob.backend("reference"):
-            yield
+pytestmark = pytest.mark.usefixtures("served_by")
 
 
 def match(*parameters, dtype=torch.float64):
@@ -83,6 +73,15 @@ def test_quadrature_over_the_domain(ratio):
         for i, (b, d) in enumerate(shapes)
         for distance in (0.0, (1e-3, 0.1, 1.0)[i % 3], (4.0, 30.0, 1e3)[i % 3])
     ]
+    check_by_quad(cases)
+
+
+def test_quadrature_where_one_cusp_lies_near_a_much_wider_one():
+    """Without a valley between them, and with a tail that the other's cusp, as sharp, begins just before."""
+    check_by_quad([(1.0, 4.485, 7600.0, 0.455, 0.439), (1.0, 0.77, 9700.0, 0.2555, 2.6e-4)])
+
+
+def check_by_quad(cases):
     a, b, c, d, delta = np.array(cases).T
     truth = np.array([by_quad(*case) for case in cases])
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 5e-6)):
@@ -185,9 +184,10 @@ def rows_of(count, dim, dtype=torch.float64):
     return [(4 * span[0] - 2).to(dtype), (0.2 + 2.8 * span[1]).to(dtype), (0.5 + 2.5 * span[2]).to(dtype)]
 
 
-def test_all_pairs_are_the_sums_of_their_coordinates():
-    """More columns than one tile, more coordinates than one block."""
-    rows, columns = rows_of(3, 600), rows_of(35, 600)
+def test_all_pairs_are_the_sums_of_their_coordinates(served_by):
+    """Of the kernels more columns than one tile, more coordinates than one block."""
+    count, dim = (35, 600) if served_by == "cpu" else (7, 20)
+    rows, columns = rows_of(2, dim), rows_of(count, dim)
     expected = fastprob.ggd_match_nll(*[t[:, None] for t in rows], *columns, reduction="none").sum(-1)
     pairs = fastprob.ggd_pairwise_match_nll(*rows, *columns)
     values, indices = fastprob.ggd_nearest_match(*rows, *columns, k=4)
@@ -208,9 +208,9 @@ def test_equal_pairs_come_in_order_and_nan_last():
     ("change", "message"),
     [
         ({0: torch.zeros(4)}, r"mu must be \[N, D\], got \[4\]"),
-        ({1: torch.ones(3, 4)}, r"inv_alpha must be \[2, 4\] as mu is, got \[3, 4\]"),
+        ({1: torch.ones(3, 4)}, r"inv_alpha must be \[N, D\] = \[2, 4\] as mu is, got \[3, 4\]"),
         ({3: torch.zeros(5, 3)}, r"other_mu must be \[M, D\] with D = 4, got \[5, 3\]"),
-        ({5: torch.ones(5, 3)}, r"other_beta must be \[5, 4\] as other_mu is, got \[5, 3\]"),
+        ({5: torch.ones(5, 3)}, r"other_beta must be \[M, D\] = \[5, 4\] as other_mu is, got \[5, 3\]"),
     ],
 )
 def test_bad_pairs_are_named(change, message):
@@ -220,6 +220,15 @@ def test_bad_pairs_are_named(change, message):
     for function in (fastprob.ggd_pairwise_match_nll, fastprob.ggd_nearest_match):
         with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
             function(*tensors)
+
+
+def test_bad_options_are_named():
+    tensors = [*rows_of(2, 4), *rows_of(2, 4)]
+    for function in (fastprob.ggd_match_nll, fastprob.ggd_pairwise_match_nll, fastprob.ggd_nearest_match):
+        with pytest.raises(ValueError, match=f"{function.__name__}: eps must be at least 0, got nan"):
+            function(*tensors, eps=math.nan)
+    with pytest.raises(ValueError, match="ggd_match_nll: reduction must be one of 'mean', 'sum', 'none', got 'avg'"):
+        fastprob.ggd_match_nll(*tensors, reduction="avg")
 
 
 @pytest.mark.parametrize("k", [0, 6])

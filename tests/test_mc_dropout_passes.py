@@ -204,6 +204,45 @@ def test_encoder_layers_are_not_run_by_their_fused_path():
     assert variance.min() > 0
 
 
+def test_encoders_are_run_without_nested_tensors():
+    """Which dropout does not take, and an encoder in evaluation mode makes of padding."""
+
+    class Encoder(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+            layer.self_attn.dropout = 0.0
+            self.encoder = nn.TransformerEncoder(layer, 2, **options)
+
+        def forward(self, x, padding):
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    x, padding = torch.randn(4, 3, 8), torch.arange(3).expand(4, 3) > torch.tensor([[2], [0], [1], [2]])
+    module = Encoder()
+    actual = fastprob.mc_dropout_passes(module, (x, padding), passes=PASSES)
+    expected = fastprob.mc_dropout_passes(Encoder(enable_nested_tensor=False), (x, padding), passes=PASSES)
+    torch.testing.assert_close(actual, expected)
+    assert module.encoder.use_nested_tensor
+
+
+def test_compiled_modules_are_run_as_they_were_before():
+    """Each call, and each pass, would compile them anew."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    inner, outer = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3)), [nn.Dropout(0.5), nn.Linear(4, 5)]
+    plain = nn.Sequential(inner, *outer)
+    net = torch.compile(nn.Sequential(torch.compile(inner, backend=backend), *outer), backend=backend)
+    x = torch.randn(2, 3)
+    results = [fastprob.mc_dropout_passes(m, x, passes=PASSES, batch_size=2) for m in (plain, net)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert not compiled
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_no_unit_and_every_unit(p):
     net, *x = problem()
@@ -259,6 +298,13 @@ class Aside(nn.Sequential):
         return x
 
 
+class Shape(nn.Sequential):
+    """No tensor comes out."""
+
+    def forward(self, x):
+        return super().forward(x).shape
+
+
 @pytest.mark.parametrize(
     ("module", "x", "options", "message"),
     [
@@ -276,7 +322,9 @@ class Aside(nn.Sequential):
         (Aside(nn.Dropout()), torch.ones(2, 3), {}, "its forward pass called none"),
         (nn.Sequential(nn.Flatten(0), nn.Dropout()), torch.ones(2, 3), {}, r"'1' must have the batch first, 2 here"),
         (nn.Dropout1d(), torch.ones(2, 3), {}, r"batch first, 2 here, got \(2, 3\)"),
+        (type("Own", (nn.Dropout3d,), {})(), torch.ones(2, 3, 4, 5), {}, r"batch first, 2 here, got \(2, 3, 4, 5\)"),
         (nn.Sequential(nn.Dropout(), nn.Flatten(0)), torch.ones(2, 3), {}, r"outputs must be floating-point \[N"),
+        (Shape(nn.Dropout()), torch.ones(2, 3), {}, r"outputs must be floating-point \[N, ...\], got Size"),
     ],
 )
 def test_bad_arguments_are_named(module, x, options, message):
@@ -285,7 +333,12 @@ def test_bad_arguments_are_named(module, x, options, message):
 
 
 def test_layers_that_draw_nothing_may_stay():
-    module = nn.ModuleList([nn.AlphaDropout(0.0), nn.LSTM(3, 3, 2), nn.MultiheadAttention(4, 2), nn.Dropout()])
-    module.forward = lambda x: module[3](x)  # of the original, as a function is not copied: called in vain
-    with pytest.raises(ValueError, match="called none"):
-        fastprob.mc_dropout_passes(module, torch.ones(2, 3), passes=2)
+    alone = nn.GRU(3, 3, bidirectional=True)
+    alone.dropout = 0.1  # between layers, of which there is one
+    module = Second(nn.AlphaDropout(0.0), nn.Dropout(), nn.LSTM(3, 3, 2), nn.MultiheadAttention(4, 2), alone)
+    assert fastprob.mc_dropout_passes(module, torch.ones(2, 3), passes=PASSES)[1].any()
+
+
+class Second(nn.Sequential):
+    def forward(self, x):
+        return self[1](x)

@@ -12,16 +12,7 @@ from fastprob import _backends
 from fastprob._op import OPS
 from fastprob.ops import _ggd
 
-BACKENDS = ["reference", "cpu"]
 SHAPES = [(1, 1, 1), (33, 65, 3), (2, 70, 513), (35, 2, 1030), (0, 3, 4), (3, 0, 4), (3, 2, 0)]  # N, M, D
-
-
-@pytest.fixture(params=BACKENDS)
-def served_by(request):
-    if request.param == "cpu" and ("ggd_nearest", "CPU") not in _backends._native:
-        pytest.skip("no C++ kernel")
-    with fastprob.backend(request.param):
-        yield request.param
 
 
 def problem(rows, columns, dim, dtype=torch.float32):
@@ -175,19 +166,22 @@ def test_same_bits_on_any_number_of_threads(name):
 
 MEMORY = """
 import resource, torch, fastprob
+from fastprob.ops import _pairs
+_pairs.ELEMENTS = 2**14
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 make = lambda rows: torch.rand(rows, 1)
-fastprob.ggd_nearest(*[make(9)] * 4, k=3)
-tensors, before = [make(6000) for _ in range(4)], peak()
-fastprob.ggd_nearest(*tensors, k=3)
+with fastprob.backend({backend!r}):
+    fastprob.ggd_nearest(*[make(100)] * 4, k=3)
+    tensors, before = [make(1500) for _ in range(4)], peak()
+    fastprob.ggd_nearest(*tensors, k=3)
 print(peak() - before)
 """
 
 
-@pytest.mark.skipif(("ggd_nearest", "CPU") not in _backends._native, reason="no C++ kernel")
-def test_nearest_never_holds_the_matrix():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 6000 * 6000 * 4 / 10  # bytes
+def test_nearest_never_holds_the_matrix(served_by):
+    script = MEMORY.format(backend=served_by)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1500 * 1500 * 4  # bytes
 
 
 @pytest.mark.parametrize(

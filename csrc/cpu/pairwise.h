@@ -142,12 +142,12 @@ void for_pairs(
             for (int64_t j = 0; j < width;) {
               const bool is_plain = own.plain[i] & others.plain[j];
               const int64_t next = j + (j + 1 < width && is_plain == (own.plain[i] & others.plain[j + 1]));
-              const T *row = own.at(i, block), *first = others.at(j, block), *second = others.at(next, block);
+              const T *row = own.at(i, block), *one = others.at(j, block), *other = others.at(next, block);
               T unused = 0, *to = values[i] + j, *to_next = next == j ? &unused : to + 1;
               if (is_plain)
-                add_values<true>(pair, row, first, second, rows.width(block), to, to_next);
+                add_values<true>(pair, row, one, other, rows.width(block), to, to_next);
               else
-                add_values<false>(pair, row, first, second, rows.width(block), to, to_next);
+                add_values<false>(pair, row, one, other, rows.width(block), to, to_next);
               j = next + 1;
             }
         for (int64_t i = 0; i < height; ++i) {

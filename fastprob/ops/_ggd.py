@@ -22,10 +22,14 @@ FORMS = ("paper", "released")
 EDGES = {"eps": 0.0, "clamp_min": 0.0, "clamp_max": 2.0}  # options to test
 
 
-def check_ggd(op: str, *, form: str, eps: float, clamp_min: float, clamp_max: float, **_) -> None:
-    one_of(op, "form", form, FORMS)
+def check_eps(op: str, eps: float) -> None:
     if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+
+
+def check_ggd(op: str, *, form: str, eps: float, clamp_min: float, clamp_max: float, **_) -> None:
+    one_of(op, "form", form, FORMS)
+    check_eps(op, eps)
     if not 0 <= clamp_min <= clamp_max:
         raise ValueError(f"{op}: clamp_min and clamp_max must satisfy 0 <= min <= max, got {clamp_min}, {clamp_max}")
 

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from fastprob._op import operator
+from fastprob.ops import _pairs
 from fastprob.ops._maths import wide
 
 
-def _check(*, mean, variance, other_mean, other_variance):
-    if mean.dim() != 2:
-        raise ValueError(f"csd: mean must be [N, D], got {list(mean.shape)}")
-    if variance.shape != mean.shape:
-        raise ValueError(f"csd: variance must be [N, D] as mean is, {list(mean.shape)}, got {list(variance.shape)}")
-    if other_mean.dim() != 2 or other_mean.shape[1] != mean.shape[1]:
-        raise ValueError(f"csd: other_mean must be [M, D] with D = {mean.shape[1]}, got {list(other_mean.shape)}")
-    if other_variance.shape != other_mean.shape:
-        expected = f"[M, D] as other_mean is, {list(other_mean.shape)}"
-        raise ValueError(f"csd: other_variance must be {expected}, got {list(other_variance.shape)}")
+def _check(**tensors):
+    _pairs.check_sides("csd", tensors, ("mean", "variance"), ("other_mean", "other_variance"))
 
 
 def _inputs(make, rows, columns, dim):

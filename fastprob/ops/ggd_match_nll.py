@@ -76,7 +76,7 @@ class _Pieces(NamedTuple):
     power: Tensor
 
 
-def _pair(tensors: tuple[Tensor, ...], eps: float) -> _Pair:
+def _pair(tensors: Sequence[Tensor], eps: float) -> _Pair:
     mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta = tensors
     delta = (mu - other_mu).abs()
     a, b, valid = [], [], ~delta.isnan()
@@ -84,8 +84,7 @@ def _pair(tensors: tuple[Tensor, ...], eps: float) -> _Pair:
         valid = valid & (scale >= SCALES[0]) & (scale <= SCALES[1]) & (shape > 0)
         a.append(scale)
         b.append(shape.clamp(*SHAPES))
-    a = [torch.where(valid, x, 1) for x in a]
-    b = [torch.where(valid, x, 1) for x in b]
+    a, b = ([torch.where(valid, x, 1) for x in each] for each in (a, b))
     delta = torch.where(valid, delta, 0)
     swapped = b[0] > b[1]
     return _Pair(delta, _exchanged(swapped, a), _exchanged(swapped, b), swapped, valid)
@@ -114,7 +113,7 @@ def _tails(delta: Tensor, a: tuple, b: tuple) -> _Pieces:
     alone = (_cut(own_b).log() / own_b - own_a.log()).exp()
     t = _power(other_a, delta, other_b)
     ratio = _cut(other_b) / t.clamp(min=1e-10)
-    beyond = delta * torch.where(ratio < 1e-3, ratio / other_b, torch.expm1(torch.log1p(ratio) / other_b))
+    beyond = delta * torch.expm1(torch.log1p(ratio) / other_b)
     extent = torch.minimum(alone, torch.where(t < 1e-10, alone.flip(0), beyond))
     power = _clustering(own_b, _power(own_a, extent, own_b))
     power = torch.maximum(power, _clustering(other_b, _power(other_a, delta + extent, other_b)))
@@ -151,15 +150,14 @@ def _turns(pair: _Pair) -> tuple[Tensor, Tensor]:
     apart = both & (value(lowest) < 0)
     peak = torch.where(both & ~apart, 0, torch.where(p2 < 0, valley, peak))
     valley = torch.where(both & ~apart, 0, torch.where(p1 >= 0, -end, valley))
-    return torch.minimum(valley, peak), peak
+    return valley, peak
 
 
 def _plan(pair: _Pair) -> tuple[Tensor, _Pieces, _Pieces]:
     """The least phi, the tails, and between the cusps two pieces of the first distribution and one of the second."""
     delta, (a1, a2), (b1, b2) = pair.delta, pair.a, pair.b
     valley, peak = _turns(pair)
-    v1 = torch.where(b1 >= 1, 0, delta * valley.sigmoid())
-    z1, z2 = delta * peak.sigmoid(), delta * (-peak).sigmoid()
+    v1, z1, z2 = delta * valley.sigmoid(), delta * peak.sigmoid(), delta * (-peak).sigmoid()
 
     def phi(d1, d2):
         return _power(a1, d1, b1) + _power(a2, d2, b2)
@@ -185,7 +183,7 @@ def _plan(pair: _Pair) -> tuple[Tensor, _Pieces, _Pieces]:
         middle = (low + high) / 2
         beyond = above(middle.exp2())
         low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
-    first, middle, last = extent = length.abs() * torch.where(above(1), high, 0).exp2()
+    first, middle, last = extent = length.abs() * high.exp2()
     low = torch.stack((zero, (z1 - middle).clamp(min=0), torch.where(from_cusp, 0, z2 - last)))
     far = torch.stack((delta - first, z2, torch.where(from_cusp, delta - last, z1)))
     power = torch.stack(
@@ -258,8 +256,7 @@ def _sums(pair: _Pair, least: Tensor, pieces: _Pieces, own_a, own_b, other_a, ot
 
 def _check(*, eps, reduction, **_):
     one_of("ggd_match_nll", "reduction", reduction, REDUCTIONS)
-    if not eps >= 0:
-        raise ValueError(f"ggd_match_nll: eps must be at least 0, got {eps}")
+    _ggd.check_eps("ggd_match_nll", eps)
 
 
 def _inputs(make, *shape):
@@ -280,7 +277,7 @@ def _detached(pair: _Pair) -> _Pair:
 
 def slopes(tensors: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
     """The elements' derivatives for all six tensors."""
-    pair = _pair(tuple(tensors), eps)
+    pair = _pair(tensors, eps)
     mu, _, beta, other_mu, _, other_beta = tensors
     least, tails, between = _plan(_detached(pair))
     m = _moments(pair, least, tails, between)
@@ -303,7 +300,7 @@ def values(tensors: Sequence[Tensor], eps: float) -> Tensor:
     """The elements' values."""
     if not _maths.has_numbers(tensors[0]):  # their shape takes no quadrature
         return reduce(torch.add, tensors)
-    pair = _pair(tuple(tensors), eps)
+    pair = _pair(tensors, eps)
     least, tails, between = _plan(pair)
     nll = least - _moments(pair, least, tails, between).integral.log() + 2 * math.log(2)
     for a, b in zip(pair.a, pair.b):

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastprob._op import Indices, operator
 from fastprob.ops import _ggd, _maths, _pairs
-from fastprob.ops.ggd_pairwise_nll import check_pairs, pair_inputs, pairwise_nll
+from fastprob.ops.ggd_pairwise_nll import check_pairs, pair_gradient, pair_inputs, pair_values
 
 
 def _check(*, k, **arguments):
     check_pairs("ggd_nearest", **arguments)
-    if not 1 <= k <= arguments["target"].shape[0]:
-        raise ValueError(f"ggd_nearest: k must be in 1..M with M = {arguments['target'].shape[0]}, got {k}")
-
-
-def _gradient(grad, mu, inv_alpha, beta, target, indices, *, k, form, eps, clamp_min, clamp_max):
-    grad, mu, inv_alpha, beta, target = _maths.wide(grad, mu, inv_alpha, beta, target)
-    a, b = _ggd.shifted(inv_alpha, beta, eps)
-    of_rows, of_target = [], torch.zeros_like(target)
-    for rows in _pairs.blocks(mu, k):
-        chosen, g = indices[rows].flatten(), grad[rows, :, None]
-        d = mu[rows, None] - target.index_select(0, chosen).unflatten(0, (-1, k))
-        slopes = _ggd.residual_gradient(d, a[rows, None], b[rows, None], form, clamp_min, clamp_max)
-        of_rows.append([(g * slope).sum(1) for slope in slopes])
-        of_target = of_target.index_add(0, chosen, -(g * slopes[0]).flatten(0, 1))
-    grad_mu, grad_a, grad_b = (torch.cat(parts) for parts in zip(*of_rows))
-    norm_a, norm_b = _ggd.log_normaliser_gradient(a, b)
-    total = grad.sum(1, keepdim=True)
-    return grad_mu, grad_a + total * norm_a, grad_b + total * norm_b, of_target
+    _pairs.check_k("ggd_nearest", k, arguments["target"])
 
 
 @operator(
-    gradient=_gradient,
+    gradient=lambda *tensors, k, **options: pair_gradient(*tensors, **options),
     check=_check,
     inputs=pair_inputs,
     sizes=((0, 3, 4), (1, 3, 1), (3, 3, 5), (70, 67, 3)),
@@ -78,10 +60,5 @@ def ggd_nearest(
     dtype = mu.dtype
     mu, inv_alpha, beta, target = _maths.wide(mu, inv_alpha, beta, target)
     a, b = _ggd.shifted(inv_alpha, beta, eps)
-    values, indices = [], []
-    for rows in _pairs.blocks(mu, target.shape[0]):
-        nll = pairwise_nll(mu[rows, None], a[rows, None], b[rows, None], target, form, clamp_min, clamp_max)
-        ordered = nll.sort(dim=1, stable=True)
-        values.append(ordered.values[:, :k])
-        indices.append(ordered.indices[:, :k])
-    return torch.cat(values).to(dtype), torch.cat(indices)
+    values, indices = _pairs.nearest(pair_values(form, clamp_min, clamp_max), (mu, a, b), (target,), k)
+    return values.to(dtype), indices

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
 from fastprob._op import operator
-from fastprob.ops import _maths, _pairs
+from fastprob.ops import _ggd, _maths, _pairs
 from fastprob.ops.ggd_match_nll import slopes, values
 
-NUMBERS = 64  # that the quadrature holds for an element
+NUMBERS = 64  # that the quadrature holds for a coordinate of a pair
 
 
-def check_matches(op: str, *, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, eps) -> None:
-    if mu.dim() != 2:
-        raise ValueError(f"{op}: mu must be [N, D], got {list(mu.shape)}")
-    if other_mu.dim() != 2 or other_mu.shape[1] != mu.shape[1]:
-        raise ValueError(f"{op}: other_mu must be [M, D] with D = {mu.shape[1]}, got {list(other_mu.shape)}")
-    of_other = (
-        ("other_inv_alpha", other_inv_alpha, "other_mu", other_mu),
-        ("other_beta", other_beta, "other_mu", other_mu),
-    )
-    for name, tensor, like, first in (("inv_alpha", inv_alpha, "mu", mu), ("beta", beta, "mu", mu), *of_other):
-        if tensor.shape != first.shape:
-            raise ValueError(f"{op}: {name} must be {list(first.shape)} as {like} is, got {list(tensor.shape)}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+def check_matches(op: str, *, eps, **arguments) -> None:
+    names = ("mu", "inv_alpha", "beta")
+    _pairs.check_sides(op, arguments, names, [f"other_{name}" for name in names])
+    _ggd.check_eps(op, eps)
 
 
 def match_inputs(make, rows, columns, dim):
@@ -37,24 +24,23 @@ def match_inputs(make, rows, columns, dim):
     return *distribution(rows), *distribution(columns)
 
 
-def row_blocks(mu: Tensor, columns: int) -> Iterator[slice]:
-    return _pairs.blocks(mu, NUMBERS * columns)
+def pair_values(eps):
+    """Values [R, M] of three tensors [R, 1, D] and three [M, D]."""
+    return lambda rows, columns: values([*rows, *columns], eps).sum(-1)
 
 
-def _gradient(grad, *tensors, eps):
-    grad, *tensors = _maths.wide(grad, *tensors)
-    rows, columns = tensors[:3], tensors[3:]
-    of_rows, of_columns = [], [torch.zeros_like(t) for t in columns]
-    for some in row_blocks(rows[0], columns[0].shape[0]):
-        g = grad[some, :, None]
-        each = [g * slope for slope in slopes([*(t[some, None] for t in rows), *columns], eps)]
-        of_rows.append([slope.sum(1) for slope in each[:3]])
-        of_columns = [total + slope.sum(0) for total, slope in zip(of_columns, each[3:])]
-    return *(torch.cat(parts) for parts in zip(*of_rows)), *of_columns
+def pair_gradient(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta, indices=None, *, eps):
+    """Of all pairs, or of those of the columns that `indices` [N, k] chooses."""
+    grad, *tensors = _maths.wide(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta)
+
+    def pair_slopes(rows, columns):
+        return slopes([*rows, *columns], eps)
+
+    return tuple(_pairs.gradients(pair_slopes, tensors[:3], tensors[3:], grad, indices, NUMBERS))
 
 
 @operator(
-    gradient=_gradient,
+    gradient=pair_gradient,
     check=lambda **arguments: check_matches("ggd_pairwise_match_nll", **arguments),
     inputs=match_inputs,
     sizes=((0, 2, 4), (2, 0, 3), (1, 1, 1), (3, 4, 5), (5, 34, 67)),
@@ -91,5 +77,4 @@ def ggd_pairwise_match_nll(
     """
     rows = _maths.wide(mu, inv_alpha, beta)
     columns = _maths.wide(other_mu, other_inv_alpha, other_beta)
-    blocks = row_blocks(rows[0], columns[0].shape[0])
-    return torch.cat([values([*(t[some, None] for t in rows), *columns], eps).sum(-1) for some in blocks]).to(mu.dtype)
+    return _pairs.pairwise(pair_values(eps), rows, columns, NUMBERS).to(mu.dtype)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastprob._op import operator
 from fastprob.ops import _ggd, _maths, _pairs
 
 
-def check_pairs(op: str, *, mu, inv_alpha, beta, target, **options) -> None:
-    if mu.dim() != 2:
-        raise ValueError(f"{op}: mu must be [N, D], got {list(mu.shape)}")
-    for name, tensor in (("inv_alpha", inv_alpha), ("beta", beta)):
-        if tensor.shape != mu.shape:
-            raise ValueError(f"{op}: {name} must be [N, D] = {list(mu.shape)} as mu is, got {list(tensor.shape)}")
-    if target.dim() != 2 or target.shape[1] != mu.shape[1]:
-        raise ValueError(f"{op}: target must be [M, D] with D = {mu.shape[1]}, got {list(target.shape)}")
-    _ggd.check_ggd(op, **options)
+def check_pairs(op: str, **arguments) -> None:
+    _pairs.check_sides(op, arguments, ("mu", "inv_alpha", "beta"), ("target",))
+    _ggd.check_ggd(op, **arguments)
 
 
 def pair_inputs(make, rows, columns, dim):
@@ -26,29 +19,35 @@ def pair_inputs(make, rows, columns, dim):
     return make(rows, dim), inv_alpha, make(rows, dim, low=0.5, high=2, extreme=(1e-4, 1e4)), make(columns, dim)
 
 
-def pairwise_nll(mu, a, b, target, form, clamp_min, clamp_max) -> Tensor:
-    """The sums over D of the elements' values: of [..., D] distributions and targets, which broadcast."""
-    t = _ggd.residual(mu - target, a, b, form).clamp(clamp_min, clamp_max)
-    return t.sum(-1) + _ggd.log_normaliser(a, b).sum(-1)
+def pair_values(form, clamp_min, clamp_max):
+    """Values [R, M] of mu, a and b [R, 1, D] and targets [M, D]."""
+
+    def values(rows, columns):
+        (mu, a, b), (target,) = rows, columns
+        t = _ggd.residual(mu - target, a, b, form).clamp(clamp_min, clamp_max)
+        return t.sum(-1) + _ggd.log_normaliser(a, b).sum(-1)
+
+    return values
 
 
-def _gradient(grad, mu, inv_alpha, beta, target, *, form, eps, clamp_min, clamp_max):
+def pair_gradient(grad, mu, inv_alpha, beta, target, indices=None, *, form, eps, clamp_min, clamp_max):
+    """Of all pairs, or of those of the columns that `indices` [N, k] chooses."""
     grad, mu, inv_alpha, beta, target = _maths.wide(grad, mu, inv_alpha, beta, target)
     a, b = _ggd.shifted(inv_alpha, beta, eps)
-    of_rows, of_target = [], torch.zeros_like(target)
-    for rows in _pairs.blocks(mu, target.shape[0]):
-        d, g = mu[rows, None] - target, grad[rows, :, None]
-        slopes = _ggd.residual_gradient(d, a[rows, None], b[rows, None], form, clamp_min, clamp_max)
-        of_rows.append([(g * slope).sum(1) for slope in slopes])
-        of_target = of_target - (g * slopes[0]).sum(0)
-    grad_mu, grad_a, grad_b = (torch.cat(parts) for parts in zip(*of_rows))
+
+    def slopes(rows, columns):
+        (mu, a, b), (target,) = rows, columns
+        by_mu, by_a, by_b = _ggd.residual_gradient(mu - target, a, b, form, clamp_min, clamp_max)
+        return by_mu, by_a, by_b, -by_mu
+
+    grad_mu, grad_a, grad_b, grad_target = _pairs.gradients(slopes, (mu, a, b), (target,), grad, indices)
     norm_a, norm_b = _ggd.log_normaliser_gradient(a, b)
     total = grad.sum(1, keepdim=True)
-    return grad_mu, grad_a + total * norm_a, grad_b + total * norm_b, of_target
+    return grad_mu, grad_a + total * norm_a, grad_b + total * norm_b, grad_target
 
 
 @operator(
-    gradient=_gradient,
+    gradient=pair_gradient,
     check=lambda **arguments: check_pairs("ggd_pairwise_nll", **arguments),
     inputs=pair_inputs,
     sizes=((0, 2, 4), (2, 0, 3), (1, 1, 1), (3, 4, 5), (70, 67, 3)),
@@ -94,9 +93,4 @@ def ggd_pairwise_nll(
     dtype = mu.dtype
     mu, inv_alpha, beta, target = _maths.wide(mu, inv_alpha, beta, target)
     a, b = _ggd.shifted(inv_alpha, beta, eps)
-    blocks = _pairs.blocks(mu, target.shape[0])
-    parts = [
-        pairwise_nll(mu[rows, None], a[rows, None], b[rows, None], target, form, clamp_min, clamp_max)
-        for rows in blocks
-    ]
-    return torch.cat(parts).to(dtype)
+    return _pairs.pairwise(pair_values(form, clamp_min, clamp_max), (mu, a, b), (target,)).to(dtype)

@@ -35,8 +35,7 @@ ATTEMPTS = 16
 def _check(*, n, eps, **_):
     if n < 0:
         raise ValueError(f"ggd_sample: n must be at least 0, got {n}")
-    if not eps >= 0:
-        raise ValueError(f"ggd_sample: eps must be at least 0, got {eps}")
+    _ggd.check_eps("ggd_sample", eps)
 
 
 def _inputs(make, *shape):
