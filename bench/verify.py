@@ -53,6 +53,23 @@ def check(name: str, tensors) -> None:
             tests_conftest.assert_within_budget(a, r, t, f"{name} by {backend}, {what}", exempt_here)
 
 
+def means(draw) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The mean of every result over 200 draws, and its standard error."""
+    results = zip(*(tests_conftest.as_tuple(draw(seed)) for seed in range(200)))
+    return [(r.mean(0), r.std(0) / len(r) ** 0.5) for r in map(torch.stack, results)]
+
+
+def check_draws(baseline: str, function, op, tensors) -> None:
+    """A baseline that draws by torch's generator: its means are the reference's, within their standard errors."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = means(lambda seed: function(*tensors))
+        ours = means(lambda seed: op.reference(*tensors, seed=seed))
+    for (x, x_error), (y, y_error) in zip(theirs, ours):
+        deviations = (x - y) / (x_error.square() + y_error.square() + 1e-20).sqrt()
+        assert deviations.square().mean() < 3, f"{baseline} is not the reference"
+
+
 @functools.cache
 def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
     """What is wrong on the operator's samples with default options, or that a baseline computes something else."""
@@ -64,8 +81,10 @@ def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
         *_, (tensors, _) = op.samples(tests_conftest.maker())
         tensors = tests_conftest.leaves_of(tensors)
         truth = value_and_grads(op.reference, tensors)
-        baselines = {} if "seed" in op.options else BASELINES.get(name, {})  # which draw other numbers
-        for baseline, function in baselines.items():
+        for baseline, function in BASELINES.get(name, {}).items():
+            if "seed" in op.options:
+                check_draws(baseline, function, op, tensors)
+                continue
             for actual, expected in zip(value_and_grads(function, tensors), truth):
                 torch.testing.assert_close(  # plain autograd, of the reference too, is NaN where mu meets a target
                     actual, expected, rtol=1e-9, atol=1e-12, equal_nan=True, msg=f"{baseline} is not the reference"
