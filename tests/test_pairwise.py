@@ -99,6 +99,15 @@ def test_extremes(spoil):
     assert fastprob.ggd_pairwise_nll(*tensors)[1:, 1:].equal(others)
 
 
+@pytest.mark.parametrize("at", [0, 515])
+@pytest.mark.parametrize("column", [0, 1])
+def test_an_extreme_in_one_block_of_coordinates_and_one_of_two_columns(column, at):
+    """Columns are taken two at a time where both are alike, a whole tile of them here."""
+    tensors = problem(2, 32, 520)
+    tensors[3][column, at] = torch.inf
+    check(fastprob.ggd_pairwise_nll, tensors)
+
+
 def test_a_single_residual_is_exact_up_to_its_bound():
     """One coordinate, where no sum hides an error."""
     u = torch.logspace(-4, 3, 2000, dtype=torch.float64).float()
