@@ -159,7 +159,9 @@ def test_second_derivatives_in_other_types(op, dtype):
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype"), [*((op, torch.float32) for op in EVERY), (OPS["ggd_nll"], torch.bfloat16)], ids=name_of
+    ("op", "dtype"),
+    [*((op, torch.float32) for op in EVERY), *((OPS[name], torch.bfloat16) for name in ("csd", "ggd_nll"))],
+    ids=name_of,
 )
 def test_opcheck(op, dtype):
     """The checks are of the mechanism: one operator serves for other dtypes."""
@@ -408,6 +410,7 @@ def test_any_memory_layout(op, layout, path):
             weights = [w.movedim(0, -1).contiguous().movedim(-1, 0) if w.dim() else w for w in weights_for(results)]
             grads = torch.autograd.grad(moving(results), moving(inputs), weights)
             torch.testing.assert_close(list(grads), expected[len(results) :], rtol=0, atol=0)
+            assert all(t.is_contiguous() for t in (*results, *grads))
 
 
 def served(op):
