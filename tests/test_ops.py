@@ -158,13 +158,12 @@ def test_second_derivatives_in_other_types(op, dtype):
             torch.testing.assert_close(s.double() / scale, s64 / scale, rtol=0, atol=64 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"),
-    [*((op, torch.float32) for op in EVERY), *((OPS[name], torch.bfloat16) for name in ("csd", "ggd_nll"))],
-    ids=name_of,
-)
+OPCHECKED = [*((op, torch.float32) for op in EVERY), *((OPS[name], torch.bfloat16) for name in ("csd", "ggd_nll"))]
+
+
+@pytest.mark.parametrize(("op", "dtype"), OPCHECKED, ids=name_of)
 def test_opcheck(op, dtype):
-    """The checks are of the mechanism: one operator serves for other dtypes."""
+    """The checks are of the mechanism: one operator with kernels and one without serve for other dtypes."""
     for tensors, options in small_samples(op):
         tensors = cast(tensors, dtype)
         torch.library.opcheck(op.overload(op.name), leaves_of(tensors), options)
@@ -622,6 +621,8 @@ def test_wrong_calls_raise_type_errors():
         fastprob.ggd_nll(x, x, x, x, shape=1)
     with pytest.raises(TypeError, match="multiple values for argument 'mu'"):
         fastprob.ggd_nll(x, x, x, x, mu=x)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        fastprob.ggd_nll(x, x, x, x, "paper")
     with pytest.raises(TypeError, match="beta must be a tensor, got float"):
         fastprob.ggd_nll(x, x, 2.0, x)
 
