@@ -368,6 +368,14 @@ def test_optional_tensors_may_be_absent():
         own_moments(x, 2.0)
 
 
+def test_the_torch_operator_is_differentiable_by_itself():
+    """As an exported graph calls it; without its optional tensors."""
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    _, square, sign = torch.ops.fastprob.own_moments(x, None, None)
+    assert not sign.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(square.sum(), x)[0], 2 * x)
+
+
 @each_op
 def test_forward_mode_raises_rather_than_being_wrong(op):
     tensors, options = next(small_samples(op))
