@@ -122,12 +122,12 @@ def _gradient_function(op: Op) -> type[torch.autograd.Function]:
                 inputs_ = list(inputs)
                 for i, t in zip(places, moved):
                     inputs_[i] = t
-                with torch._C._DisableAutocast():
-                    gradients = op.gradient(*inputs_, **options)
+                gradients = op.gradient(*inputs_, **options)
                 return tuple(g.to(grads[i].dtype) for i, g in enumerate(gradients) if ctx.needs >> i & 1)
 
-            _, vjp = torch.func.vjp(wanted, *[inputs[i] for i in places])
-            seconds = dict(zip(places, vjp(tuple(g for i, g in enumerate(grads) if ctx.needs >> i & 1))))
+            with torch._C._DisableAutocast():
+                _, vjp = torch.func.vjp(wanted, *[inputs[i] for i in places])
+                seconds = dict(zip(places, vjp(tuple(g for i, g in enumerate(grads) if ctx.needs >> i & 1))))
             return None, *[seconds.get(i) for i in range(count)], *[None] * len(names)
 
     return Gradient

@@ -69,7 +69,7 @@ def _distances(x, y):
 
 def _pairs_gradient(grad, x, y):
     d = 2 * grad[..., None] * (x[:, None] - y)
-    return d.sum(1), -d.sum(0)
+    return d.sum(1), -d.movedim(-1, 0).sum(1).T
 
 
 PAIRS = {"inputs": _pairs_inputs, "sizes": ((0, 2, 4), (3, 7, 5), (65, 40, 129)), "elementwise": False}
@@ -77,8 +77,8 @@ PAIRS = {"inputs": _pairs_inputs, "sizes": ((0, 2, 4), (3, 7, 5), (65, 40, 129))
 
 @operator(gradient=_pairs_gradient, check=unchecked, **PAIRS)
 def own_pairs(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances [N, M] of rows [N, D] and [M, D]."""
-    return _distances(x, y).to(x.dtype)
+    """Squared distances [N, M] of rows [N, D] and [M, D]; like other results here not contiguous as they come."""
+    return _distances(y, x).T.to(x.dtype)
 
 
 def _nearest_gradient(grad, x, y, indices, *, k):
@@ -89,8 +89,8 @@ def _nearest_gradient(grad, x, y, indices, *, k):
 @operator(gradient=_nearest_gradient, check=unchecked, grid=({"k": 2},), **PAIRS)
 def own_nearest(x: Tensor, y: Tensor, *, k: int = 1) -> tuple[Tensor, Indices]:
     """The k least squared distances of every row [N, k], and whose they are."""
-    least = _distances(x, y).topk(k, largest=False)
-    return least.values.to(x.dtype), least.indices
+    least = _distances(y, x).topk(k, dim=0, largest=False)
+    return least.values.T.to(x.dtype), least.indices.T
 
 
 OWN = {name: OPS.pop(name) for name in list(OPS) if name.startswith("own_")}

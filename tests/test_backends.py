@@ -60,6 +60,25 @@ def test_the_best_build_that_the_processor_runs_is_loaded(monkeypatch, tmp_path,
     assert _backends._reasons["cpu"] == libraries[0] and f"C++ for the CPU: {libraries[0]}" in fastprob.info()
 
 
+@pytest.mark.parametrize(("interpreting", "chosen"), [(False, "cpu"), (True, "triton")])
+def test_a_cpu_takes_triton_kernels_in_the_interpreter_alone(monkeypatch, interpreting, chosen):
+    monkeypatch.setattr(_backends, "_native", {("ggd_nll", "CPU")})
+    monkeypatch.setattr(_backends, "_triton_kernel", lambda name: print)
+    monkeypatch.setattr(_backends, "_interpreting", lambda: interpreting)
+    assert _backends._chosen("ggd_nll", "CPU", "triton") == chosen
+    assert _backends._chosen("ggd_nll", "CPU", None) == "cpu"
+
+
+def test_only_derivatives_may_be_missing_from_a_triton_module(monkeypatch):
+    monkeypatch.setattr(_backends, "_found", lambda module: True)
+    monkeypatch.setattr(_backends.importlib, "import_module", lambda module: object())
+    with pytest.raises(AttributeError, match="ggd_nll"):
+        _backends._triton_kernel("ggd_nll")()
+    x = torch.ones(3)
+    grads = _backends._triton_kernel("_ggd_nll_backward")(torch.ones(()), x, x, x, 0 * x, needs=1)
+    assert [g.shape for g in grads] == [(3,), (0,), (0,), (0,)]
+
+
 def test_backend_chooses_and_restores():
     with pytest.raises(ValueError, match=r"name must be one of .* got 'gpu'"), fastprob.backend("gpu"):
         pass

@@ -77,6 +77,17 @@ def test_an_infinite_weight_is_nan_in_its_own_output(backend):
         tensors[3][output] = before
 
 
+def test_an_infinite_weight_is_nan_where_its_unit_is_dropped(backend):
+    """One pass, which keeps the lesser part of the units; where it keeps that one, the ReLU makes 0 of it."""
+    keep = kept(1, 30, p=0.75, seed=1, device="cpu")[0]
+    hidden, constant, fold, last = OPS["mc_dropout"].inputs(maker(torch.float32), 5, 30, 7, 4)
+    for unit in range(30):
+        weights = fold.clone()
+        weights[:, unit] = -torch.inf
+        mean, _ = fastprob.mc_dropout(hidden.abs() + 1, constant, weights, last, passes=1, p=0.75, seed=1)
+        assert not mean.any() if keep[unit] else mean.isnan().all()
+
+
 PEAK = """
 import resource, torch, fastprob
 torch.set_num_threads(1)

@@ -158,11 +158,12 @@ def test_second_derivatives_in_other_types(op, dtype):
             torch.testing.assert_close(s.double() / scale, s64 / scale, rtol=0, atol=64 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"), [*((op, torch.float32) for op in EVERY), (OPS["ggd_nll"], torch.bfloat16)], ids=name_of
-)
+OPCHECKED = [*((op, torch.float32) for op in EVERY), *((OPS[name], torch.bfloat16) for name in ("csd", "ggd_nll"))]
+
+
+@pytest.mark.parametrize(("op", "dtype"), OPCHECKED, ids=name_of)
 def test_opcheck(op, dtype):
-    """The checks are of the mechanism: one operator serves for other dtypes."""
+    """The checks are of the mechanism: one operator with kernels and one without serve for other dtypes."""
     for tensors, options in small_samples(op):
         tensors = cast(tensors, dtype)
         torch.library.opcheck(op.overload(op.name), leaves_of(tensors), options)
@@ -252,6 +253,23 @@ def test_autocast_computes_in_float32(op):
 
 
 @each_op
+def test_second_derivatives_under_autocast(op):
+    """Those of float32: no product is rounded to a half type."""
+    tensors, options = next(small_samples(op))
+    leaves = explicit(op, cast(tensors, torch.float32))
+    results = floating_results(op, leaves, options)
+
+    def second():
+        grads = torch.autograd.grad(results, moving(leaves), weights_for(results), create_graph=True)
+        total = sum(g.square().sum() for g in grads)
+        return torch.autograd.grad(total, moving(leaves), allow_unused=True, materialize_grads=True)
+
+    expected = second()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(second(), expected, rtol=0, atol=0)
+
+
+@each_op
 def test_autocast_leaves_float64_alone(op):
     tensors, options = next(small_samples(op))
     expected = values_and_grads(op, tensors, options)
@@ -330,7 +348,8 @@ def test_optional_tensors_may_be_absent():
     for w in (None, weight):
         for mask in (None, x.detach() > 0):
             leaves = moving([x, w])
-            assert torch.autograd.gradcheck(lambda x, w=w, mask=mask: own_moments(x, w, mask)[:2], (x,))
+            results = lambda x, w=w, mask=mask: own_moments(x, w, mask)[:2]  # noqa: E731
+            assert torch.autograd.gradcheck(results, (x,)) and torch.autograd.gradgradcheck(results, (x,))
             mean, square, sign = own_moments(x, w, mask)
             expected = x * (1 if w is None else w) * (1 if mask is None else mask)
             torch.testing.assert_close((mean, square), (expected, expected * x))
@@ -347,6 +366,14 @@ def test_optional_tensors_may_be_absent():
         own_moments(x, None, x)
     with pytest.raises(TypeError, match="weight must be a tensor or None, got float"):
         own_moments(x, 2.0)
+
+
+def test_the_torch_operator_is_differentiable_by_itself():
+    """As an exported graph calls it; without its optional tensors."""
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    _, square, sign = torch.ops.fastprob.own_moments(x, None, None)
+    assert not sign.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(square.sum(), x)[0], 2 * x)
 
 
 @each_op
@@ -390,6 +417,7 @@ def test_any_memory_layout(op, layout, path):
             weights = [w.movedim(0, -1).contiguous().movedim(-1, 0) if w.dim() else w for w in weights_for(results)]
             grads = torch.autograd.grad(moving(results), moving(inputs), weights)
             torch.testing.assert_close(list(grads), expected[len(results) :], rtol=0, atol=0)
+            assert all(t.is_contiguous() for t in (*results, *grads))
 
 
 def served(op):
@@ -422,6 +450,12 @@ def test_no_second_derivatives_of_implicit_gradients(op):
             grads = torch.autograd.grad(results, first, weights_for(results), create_graph=True)
             with pytest.raises(NotImplementedError, match=f"{op.name}: {name} must be detached for second"):
                 torch.autograd.grad(sum(g.sum() for g in grads), second)
+        at = op.tensors.index(name)
+        total = lambda *t: sum(r.sum() for r in floating_results(op, t, options))  # noqa: E731
+        for first, second in (at, 0), (0, at):  # of one alone at each level
+            slope = lambda *t, first=first: torch.func.grad(total, argnums=first)(*t).sum()  # noqa: E731
+            with pytest.raises(NotImplementedError, match=f"{op.name}: {name} must be detached for second"):
+                torch.func.grad(slope, argnums=second)(*tensors)
 
 
 @each_op
@@ -451,6 +485,25 @@ def test_backward_again_and_accumulated(op):
             torch.testing.assert_close([leaf.grad for leaf in moving(inputs)], [3 * times * g for g in expected])
         again = torch.utils.checkpoint.checkpoint(total, *inputs, use_reentrant=False)
         torch.testing.assert_close(list(torch.autograd.grad(again, moving(inputs))), expected)
+
+
+class Stopped(torch.autograd.Function):
+    """Passes on no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_makes_none(reduction):
+    leaves = leaves_of(OPS["ggd_nll"].inputs(maker(), 3, 5))
+    stopped = Stopped.apply(fastprob.ggd_nll(*leaves, reduction=reduction)).sum()
+    assert torch.autograd.grad(stopped, leaves, allow_unused=True) == (None,) * 4
 
 
 @pytest.mark.parametrize("upstream", [0.5, 1.0])
@@ -576,6 +629,8 @@ def test_wrong_calls_raise_type_errors():
         fastprob.ggd_nll(x, x, x, x, shape=1)
     with pytest.raises(TypeError, match="multiple values for argument 'mu'"):
         fastprob.ggd_nll(x, x, x, x, mu=x)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        fastprob.ggd_nll(x, x, x, x, "paper")
     with pytest.raises(TypeError, match="beta must be a tensor, got float"):
         fastprob.ggd_nll(x, x, 2.0, x)
 

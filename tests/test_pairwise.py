@@ -90,14 +90,31 @@ def test_extremes(spoil):
     assert fastprob.ggd_pairwise_nll(*tensors)[1:, 1:].equal(others)
 
 
-def test_a_single_residual_is_exact_up_to_its_bound():
+@pytest.mark.parametrize("at", [0, 515])
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_nan_in_one_block_of_coordinates_and_one_of_two_columns(column, at):
+    """Columns are taken two at a time where both are alike, a whole tile of them here."""
+    tensors = problem(2, 32, 520)
+    tensors[3][column, at] = torch.nan
+    check(fastprob.ggd_pairwise_nll, tensors)
+
+
+@pytest.mark.parametrize("far", [torch.inf, 2e38])
+def test_far_from_a_flat_distribution_whose_lower_bound_is_high(far):
+    mu, inv_alpha, beta, target = problem(3, 32, 9)
+    target[0], beta[0] = far, 0.05
+    check(lambda *t: fastprob.ggd_pairwise_nll(*t, eps=0.0, clamp_min=0.5), (mu, inv_alpha, beta, target))
+
+
+@pytest.mark.parametrize(("largest", "most"), [(3, 1e3), (12, 1e35)])
+def test_a_single_residual_is_exact_up_to_its_bound(largest, most):
     """One coordinate, where no sum hides an error."""
-    u = torch.logspace(-4, 3, 2000, dtype=torch.float64).float()
+    u = torch.logspace(-4, largest, 2000, dtype=torch.float64).float()
     one = torch.ones(1, 1)
     for beta in (0.3, 1.0, 2.5):
-        t = fastprob.ggd_pairwise_nll(0 * one, one, beta * one, u[:, None], eps=0.0)[0]
+        t = fastprob.ggd_pairwise_nll(0 * one, one, beta * one, u[:, None], eps=0.0, clamp_max=most)[0]
         lgamma = torch.lgamma(1 + 1 / torch.tensor(beta).double())
-        truth = u.double().pow(torch.tensor(beta).double()).clamp(1e-4, 1e3) + lgamma
+        truth = u.double().pow(torch.tensor(beta).double()).clamp(1e-4, most) + lgamma
         assert ((t - truth).abs() / truth.abs().clamp_min(1)).max() < 6e-7
 
 

@@ -394,6 +394,31 @@ class TestValues:
         assert value.isnan() and grad_x[1].isnan().all()
         assert not grad_x[[0, 2, 3]].isnan().any() and not grad_prototypes.isnan().any()
 
+    @pytest.mark.parametrize("rows", (2, 6))
+    def test_mc_dropout_in_blocks_of_passes(self, rows, make, monkeypatch):
+        """One pass at a time or two, the last one alone, whose masks begin within a group and need a program more; an
+        infinite number and a NaN; other products are others.
+        """
+        monkeypatch.setattr("fastprob.kernels.mc_dropout.ROWS", rows)
+        monkeypatch.setattr("fastprob.kernels.mc_dropout.BLOCK", 8)
+        op, values = OPS["mc_dropout"], []
+        tensors = cast(op.inputs(make, 3, 7, 5, 4), torch.float32)
+        tensors[0][1, 2], tensors[0][2, 0] = torch.inf, torch.nan
+        for products in ("float32", "bfloat16"):
+            options = {"passes": 3, "p": 0.4, "seed": 3, "products": products}
+            check_budget(op, tensors, options, make, EPSILON[getattr(torch, products)])
+            values.append(triton_call(op.name, tensors, {**op.options, **options})[1])
+        assert not torch.isclose(*values, rtol=1e-5, equal_nan=True).all()
+
+    def test_mc_dropout_writes_its_masks_alone(self):
+        """Groups of four that begin before the first element and end behind the last one."""
+        from fastprob.kernels.mc_dropout import _draw
+
+        for first in range(5):
+            out = torch.zeros(32, dtype=torch.bool, device=self.device)
+            _draw[(1,)](out[8:17], first, 0, 7, 9, 4, num_warps=1)
+            assert out.nonzero()[:, 0].tolist() == list(range(8, 17))
+
     def test_total_of_many_partials(self, make):
         """More than the second stage takes at a time, and no multiple of it; NaN stays."""
         for n in (1, _launch.PARTIALS, 2 * _launch.PARTIALS + 77):

@@ -72,7 +72,7 @@ std::vector<Pass> passes_of(int64_t passes, int64_t units, double p, int64_t see
     std::vector<int64_t> kept, dropped;
     for (int64_t k = 0; k < units; ++k) {
       const uint64_t element = static_cast<uint64_t>(pass * units + k);
-      if (k == 0 || element % 4 == 0) words = random_words(element / 4, static_cast<uint64_t>(seed), 0, 0);
+      if (element % 4 == 0) words = random_words(element / 4, static_cast<uint64_t>(seed), 0, 0);
       (words[element % 4] < threshold ? dropped : kept).push_back(k);
     }
     const bool drops = !may_keep || dropped.size() <= kept.size();
@@ -261,8 +261,7 @@ void add_squares(const Network<T>& net, Rows<T>& rows) {
 inline void add_squares(
     const Network<float>& net, const std::vector<std::unique_ptr<Rows<float>>>& blocks, const Tensor& last) {
   const int64_t passes = net.passes.size(), at_once = std::min(kPassesAtOnce, passes), n = blocks.size();
-  Tensor units = torch::stable::new_empty(last, {at_once * n * kRowsAtOnce, net.width});
-  torch::stable::zero_(units);  // what a last block or pass leaves out
+  const Tensor units = torch::stable::new_empty(last, {at_once * n * kRowsAtOnce, net.width});
   for (int64_t pass = 0; pass < passes; pass += at_once) {
     const int64_t some = std::min(at_once, passes - pass);
     in_parallel(n, [&](int64_t block) {

@@ -81,9 +81,9 @@ def _gradient(grad_mean, grad_variance, hidden, constant, fold, last, *, passes,
     inputs=_inputs,
     sizes=((0, 3, 2, 4), (1, 1, 1, 1), (3, 5, 7, 4), (21, 70, 37, 19)),
     grid=(
-        {"passes": 3, "p": 0.3, "seed": 7},
+        {"passes": 3, "p": 1287638482 / 2**32, "seed": 48},  # the number of element 0, which is kept
         {"passes": 1, "p": 0.0},
-        {"passes": 9, "p": 0.75, "seed": -1, "products": "bfloat16"},
+        {"passes": 9, "p": 3217716533 / 2**32, "seed": -60, "products": "bfloat16"},  # one more: element 0 is dropped
     ),
     bench_sizes=((1000, 256, 512, 512), (8192, 256, 512, 512)),
     elementwise=False,
