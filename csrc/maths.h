@@ -207,9 +207,9 @@ FASTPROB_INLINE Exponent nearest(float v) {
   return {rounded - rounder, bit_cast<float>((bit_cast<uint32_t>(rounded) << 23) + 0x3f800000u)};
 }
 
-// For u = r a, r >= 0, though the product overflow or underflow. On a GPU t is good to the 2 ulp of its exponential,
-// and so t log u, where it nearly cancels with the normaliser's derivative, to some twice of what a library's power
-// leaves.
+// For u = r a, 0 <= r < 2^127, though the product overflow or underflow. On a GPU t is good to the 2 ulp of its
+// exponential, and so t log u, where it nearly cancels with the normaliser's derivative, to some twice of what a
+// library's power leaves.
 FASTPROB_INLINE Power<float> clamped_power(
     float r, Split<float> a, float b, float lo, float hi, float log2_lo, float log2_hi) {
   const Split<float> s = split(r * a.mantissa);
