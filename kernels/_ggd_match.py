@@ -1,7 +1,7 @@
 """ggd_match_nll per element, by quadrature: the maths stands in fastprob/ops/ggd_match_nll.py.
 
 A thread has one element, whose numbers fill its registers, and walks over the pieces and their nodes. Loops over pieces
-that are alike keep the code small enough to compile in a second. In float32 there are so many nodes, and so much is cut
+that are alike keep the code small enough to compile in seconds. In float32 there are so many nodes, and so much is cut
 off, that what is lost is of the size of its rounding. Where pieces lie, on which the integral does not depend, is found
 by the GPU's instructions alone (FAST). Pieces of no length give NaN, which is not taken.
 """

@@ -304,7 +304,7 @@ class TestValues:
         """Programs do not get smaller where an element takes its time."""
         if INTERPRETING:
             size = _launch.block_size
-            monkeypatch.setattr(_launch, "block_size", lambda tensor, single=False: 1024 if single else size(tensor))
+            monkeypatch.setattr(_launch, "block_size", lambda tensor, single=False: 2048 if single else size(tensor))
 
     @pytest.fixture
     def make(self):
