@@ -1,6 +1,6 @@
 """Elementwise operators, losses among them, from what one of them does with an element: its body,
 
-    body(*inputs, *numbers, *flags, FAST) -> value, (its derivative for each input)
+    body(*inputs, *numbers, *tables, *flags, FAST) -> value, (its derivative for each input)
 
 in the type of computation. What a torch operator does not ask for, the compiler leaves out of its kernel.
 """
@@ -22,16 +22,19 @@ def elementwise(body, arguments=lambda: ((), ())):
     return _launchers(body, arguments, "none")[:2]
 
 
-def loss(body, arguments=lambda: ((), ())):
+def loss(body, arguments=lambda: ((), ()), table=None):
     """The launchers of a loss, which has an option `reduction` or takes the mean: of x, _x_backward and
     _x_value_and_grad.
+
+    `table(input)`, if any, is a tensor that the body reads for each element, which then takes its time.
     """
-    return _launchers(body, arguments, "mean")
+    return _launchers(body, arguments, "mean", table)
 
 
-def _launchers(body, arguments, default):
+def _launchers(body, arguments, default, table=None):
     def launch(grad, inputs, needs, reduction=default, **options):
-        return _run(body, grad, _launch.contiguous(inputs), needs, reduction, *arguments(**options))
+        tables = (table(inputs[0]),) if table else ()
+        return _run(body, grad, _launch.contiguous(inputs), needs, reduction, *arguments(**options), tables)
 
     def value(*inputs, **options):
         return launch(None, inputs, 0, **options)[0]
@@ -46,18 +49,19 @@ def _launchers(body, arguments, default):
     return value, backward, value_and_grad
 
 
-def _run(body, grad, inputs, needs, reduction, numbers, flags):
+def _run(body, grad, inputs, needs, reduction, numbers, flags, tables):
     """The value, None where a gradient reaches it, and the gradients that `needs` asks for."""
     first, n = inputs[0], inputs[0].numel()
     reduced, count = reduction != "none", n if reduction == "mean" else 1
-    grads, out = _launch.gradients_like(inputs, needs), None
+    grads, out, single = _launch.gradients_like(inputs, needs), None, bool(tables)
     if grad is None:
-        out = _launch.partials_of(first) if reduced else _launch.empty_like(first)
+        out = _launch.partials_of(first, single) if reduced else _launch.empty_like(first)
     if n and (needs or out is not None):
+        rest = *tables, *map(tl.constexpr, flags)
         with torch.cuda.device_of(first):
-            _kernel[(_launch.programs(first),)](
+            _kernel[(_launch.programs(first, single),)](
                 inputs, grad, out, grads, n, count, *numbers, *[0.0] * (NUMBERS - len(numbers)),
-                tuple(map(tl.constexpr, flags)), body, len(numbers), reduced, needs, _launch.block_size(first),
+                rest, body, len(numbers), reduced, needs, _launch.block_size(first, single),
                 num_warps=_launch.WARPS, maxnreg=_launch.registers(first),
             )  # fmt: skip
     return _launch.total(out, first, count) if reduced and out is not None else out, *grads
@@ -68,7 +72,7 @@ def _kernel(
     inputs, grad, out, grads, n: tl.int64, count: tl.int64,
     number0: tl.float64, number1: tl.float64, number2: tl.float64, number3: tl.float64,
     number4: tl.float64, number5: tl.float64, number6: tl.float64, number7: tl.float64,
-    flags, BODY: tl.constexpr, COUNT: tl.constexpr, REDUCED: tl.constexpr, NEEDS: tl.constexpr, BLOCK: tl.constexpr,
+    rest, BODY: tl.constexpr, COUNT: tl.constexpr, REDUCED: tl.constexpr, NEEDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes to `out`, unless it is None, the elements' values or (REDUCED) the program's sum of them; and to `grads`
     the gradients for the inputs, times grad's element or (REDUCED) its scalar, None for 1, over `count`.
@@ -80,7 +84,7 @@ def _kernel(
     FAST: tl.constexpr = inputs[0].dtype.element_ty.primitive_bitwidth == 16
     numbers = (number0, number1, number2, number3, number4, number5, number6, number7)
     numbers = [_maths.parameter(number, x[0].dtype) for number in numbers[:COUNT]]
-    value, slopes = BODY(*x, *numbers, *flags, FAST)
+    value, slopes = BODY(*x, *numbers, *rest, FAST)
     if out is not None:
         if REDUCED:
             tl.store(out + tl.program_id(0), tl.sum(tl.where(lane < left, value, 0.0)).to(tl.float64))

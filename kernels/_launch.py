@@ -16,12 +16,13 @@ REGISTERS = 168  # a thread, at most: three blocks fit on a multiprocessor
 PARTIALS, TOTAL_WARPS = 8192, 16  # partials that the second stage adds at a time: those of 4 M float32 elements
 
 
-def block_size(tensor: torch.Tensor) -> int:
-    """Elements a program: four a thread, 16 bytes of a float32 tensor, and two of float64.
+def block_size(tensor: torch.Tensor, single: bool = False) -> int:
+    """Elements a program: four a thread, 16 bytes of a float32 tensor, and two of float64; or a single one, where it
+    takes so long that how it is loaded does not count.
 
     Eight a thread, 16 bytes of a half type, spill registers in probvlm_loss.
     """
-    return 32 * WARPS * (2 if tensor.dtype == torch.float64 else 4)
+    return 32 * WARPS * (1 if single else 2 if tensor.dtype == torch.float64 else 4)
 
 
 def registers(tensor: torch.Tensor) -> int | None:
@@ -29,8 +30,8 @@ def registers(tensor: torch.Tensor) -> int | None:
     return None if tensor.dtype == torch.float64 else REGISTERS
 
 
-def programs(tensor: torch.Tensor) -> int:
-    return triton.cdiv(tensor.numel(), block_size(tensor))
+def programs(tensor: torch.Tensor, single: bool = False) -> int:
+    return triton.cdiv(tensor.numel(), block_size(tensor, single))
 
 
 def contiguous(tensors) -> tuple[torch.Tensor, ...]:
@@ -56,8 +57,8 @@ def gradients_like(tensors, needs: int) -> tuple[torch.Tensor, ...]:
     return tuple(empty_like(t) if needs >> i & 1 else t.new_empty(0) for i, t in enumerate(tensors))
 
 
-def partials_of(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(programs(tensor), dtype=torch.float64, device=tensor.device)
+def partials_of(tensor: torch.Tensor, single: bool = False) -> torch.Tensor:
+    return torch.empty(programs(tensor, single), dtype=torch.float64, device=tensor.device)
 
 
 def total(partials: torch.Tensor, like: torch.Tensor, count: int) -> torch.Tensor:

@@ -167,6 +167,16 @@ def factor(a, FAST: tl.constexpr):
 
 
 @triton.jit
+def power_of_parts(e, log2_m, b, limit):
+    """2^(b (e + log2_m) + limit) in float32, for a `limit` of 0 or one that decides alone."""
+    high = b * e + b * log2_m
+    correction = 1 + LN2 * (tl.fma(b, e, -high) + b * log2_m)
+    # so large an exponent that its rounding error is no small correction: the result is 0 or infinite anyway
+    correction = tl.where(correction < 0.5, 0.5, correction)
+    return tl.exp2(high + limit) * correction
+
+
+@triton.jit
 def power(r, a, b, FAST: tl.constexpr):
     """(r a)^b and log(r a) for r, a >= 0, a as its `factor`, and b > 0; also where r a is out of the type's range."""
     exponent, mantissa, limit = a
@@ -182,11 +192,7 @@ def power(r, a, b, FAST: tl.constexpr):
         e += exponent
         log2_m = log2_mantissa(m)
         limit += log_limit(r)
-        high = b * e + b * log2_m
-        correction = 1 + LN2 * (tl.fma(b, e, -high) + b * log2_m)
-        # so large an exponent that its rounding error is no small correction: the result is 0 or infinite anyway
-        correction = tl.where(correction < 0.5, 0.5, correction)
-        value = tl.exp2(high + limit) * correction
+        value = power_of_parts(e, log2_m, b, limit)
         log2_u = (e + log2_m) + limit
     return value, log2_u * LN2
 

@@ -1,37 +1,8 @@
-"""ggd_nearest: values of a block of rows at a time, and the k least of each. See fastprob/ops/ggd_nearest.py.
+"""ggd_nearest; its gradients, of N k pairs, are the reference's. See fastprob/ops/ggd_nearest.py."""
 
-Gradients, of N k pairs, are the reference's.
-"""
-
-import torch
-
-from fastprob.kernels._pairwise import HEIGHT, Pairs
-
-ELEMENTS = 2**24  # of a block of rows: 64 MB in float32
+from fastprob.kernels._nearest import nearest
+from fastprob.kernels._pairwise import Pairs
 
 
 def ggd_nearest(mu, inv_alpha, beta, target, *, k, **options):
-    pairs, columns = Pairs(mu, inv_alpha, beta, target, **options), target.shape[0]
-    out, indices = mu.new_empty(mu.shape[0], k), torch.empty(mu.shape[0], k, dtype=torch.int64, device=mu.device)
-    height = max(ELEMENTS // columns // HEIGHT, 1) * HEIGHT
-    block = torch.empty(min(height, mu.shape[0]), columns, dtype=pairs.compute, device=mu.device)
-    for first in range(0, mu.shape[0], height):
-        values = pairs.values(first, block[: mu.shape[0] - first])
-        rows = slice(first, first + height)
-        indices[rows] = least(values, k)
-        out[rows] = values.gather(1, indices[rows])
-    return out, indices
-
-
-def least(values, k):
-    """The columns of the k least of every row, ascending: the lower one of equal values first, NaN last.
-
-    A float32 and its column make one int64 that is ordered as they are, for topk, which breaks ties in no order.
-    """
-    if values.dtype == torch.float64:
-        return values.sort(dim=1, stable=True).indices[:, :k]
-    values = values.masked_fill(values.isnan(), torch.nan) + 0.0  # one NaN, above infinity, and no -0
-    bits = values.view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = (bits.long() << 32) | torch.arange(values.shape[1], device=values.device)
-    return keys.topk(k, dim=1, largest=False).values & 0xFFFFFFFF
+    return nearest(Pairs(mu, inv_alpha, beta, target, **options).values, mu, target.shape[0], k)

@@ -156,7 +156,7 @@ def test_gradients_reach_the_nearest_alone(served_by):
 
 def test_columns_of_the_least_by_topk():
     """What the Triton launcher chooses by: one order of a float32 and its column."""
-    least = pytest.importorskip("fastprob.kernels.ggd_nearest", reason="triton is not installed").least
+    least = pytest.importorskip("fastprob.kernels._nearest", reason="triton is not installed").least
     numbers = torch.tensor([0.0, -0.0, 1.5, -1.5, 1e-40, torch.inf, -torch.inf, torch.nan, -torch.nan, 3e38, -2e-3])
     values = numbers[torch.randint(len(numbers), (7, 200))]
     for dtype in (torch.float32, torch.float64):
