@@ -126,7 +126,8 @@ class Op:
 
         def shapes(*inputs: Tensor | None, needs: int, **_):
             tensors = inputs[leading : leading + len(self.tensors)]
-            like = [tensors[0] if t is None else t for t in tensors]
+            given = [t for t in tensors if t is not None]
+            like = [given[0] if t is None else t for t in tensors]
             grads = tuple(t.new_empty(t.shape if needs >> i & 1 else 0) for i, t in enumerate(like))
             if not leading:
                 return like[0].new_empty(()), *grads

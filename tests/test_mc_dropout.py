@@ -12,14 +12,8 @@ from fastprob._op import OPS
 from fastprob.ops._random import kept
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
-    with fastprob.backend(request.param):
-        yield
-
-
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 0), (0.5, 2**63 - 1), (0.9, -(2**63))])
-def test_masks_are_philox_s_bit_for_bit(p, seed, backend):
+def test_masks_are_philox_s_bit_for_bit(p, seed, served_by):
     """Units that are the hidden ones themselves: their mean over the first m passes counts what these keep."""
     units = 150
     eye, ones = torch.eye(units), torch.ones(1, units)
@@ -33,7 +27,7 @@ def test_masks_are_philox_s_bit_for_bit(p, seed, backend):
 
 
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
-def test_moments_of_passes_one_by_one(products, backend):
+def test_moments_of_passes_one_by_one(products, served_by):
     """More rows than one bfloat16 product takes, and one more; more passes than are kept, no whole number of tiles."""
     hidden, constant, fold, last = OPS["mc_dropout"].inputs(maker(torch.float32), 257, 30, 300, 35)
     keep = kept(61, 30, p=0.4, seed=3, device="cpu")
@@ -46,7 +40,7 @@ def test_moments_of_passes_one_by_one(products, backend):
     assert variance.equal(exact) == (products == "float32")
 
 
-def test_units_that_no_pass_has(backend):
+def test_units_that_no_pass_has(served_by):
     hidden, constant, fold, last = OPS["mc_dropout"].inputs(maker(torch.float32), 20, 30, 70, 35)
     constant[:, 1::2] = constant[3] = -1e3
     few = fastprob.mc_dropout(hidden, constant[:, ::2], fold[::2], last[:, ::2], passes=5)
@@ -55,7 +49,7 @@ def test_units_that_no_pass_has(backend):
         assert result[3].count_nonzero() == 0
 
 
-def test_a_row_that_is_not_finite_is_nan_and_alone_in_it(backend):
+def test_a_row_that_is_not_finite_is_nan_and_alone_in_it(served_by):
     tensors = OPS["mc_dropout"].inputs(maker(torch.float32), 20, 30, 70, 35)
     expected = fastprob.mc_dropout(*tensors, passes=5, p=0.7)
     tensors[0][4, 7], tensors[0][9, 0] = -torch.inf, torch.nan
@@ -64,7 +58,7 @@ def test_a_row_that_is_not_finite_is_nan_and_alone_in_it(backend):
         assert result[[4, 9]].isnan().all() and result[others].equal(clean[others])
 
 
-def test_an_infinite_weight_is_nan_in_its_own_output(backend):
+def test_an_infinite_weight_is_nan_in_its_own_output(served_by):
     """It lies where products of the outputs before it, padded to whole panels, must not read on."""
     tensors = OPS["mc_dropout"].inputs(maker(torch.float32), 5, 30, 7, 70)
     expected = fastprob.mc_dropout(*tensors, passes=5)
@@ -77,7 +71,7 @@ def test_an_infinite_weight_is_nan_in_its_own_output(backend):
         tensors[3][output] = before
 
 
-def test_an_infinite_weight_is_nan_where_its_unit_is_dropped(backend):
+def test_an_infinite_weight_is_nan_where_its_unit_is_dropped(served_by):
     """One pass, which keeps the lesser part of the units; where it keeps that one, the ReLU makes 0 of it."""
     keep = kept(1, 30, p=0.75, seed=1, device="cpu")[0]
     hidden, constant, fold, last = OPS["mc_dropout"].inputs(maker(torch.float32), 5, 30, 7, 4)
@@ -100,10 +94,11 @@ with fastprob.backend({backend!r}):
 """
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
-def test_memory_does_not_grow_with_passes(name):
+def test_memory_does_not_grow_with_passes(served_by):
     """All outputs of 1000 passes would be 98 MB."""
-    run = subprocess.run([sys.executable, "-c", PEAK.format(backend=name)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK.format(backend=served_by)], capture_output=True, text=True, check=True
+    )
     assert int(run.stdout) < 8_000  # KB
 
 

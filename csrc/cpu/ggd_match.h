@@ -1,8 +1,8 @@
 // ggd_match_nll of a row of coordinates, by blocks of lanes: its operators' kernels on the CPU.
 #pragma once
 
-#include "../ggd_match_nll.h"
 #include "blocks.h"
+#include "ggd_match_integral.h"
 
 namespace fastprob {
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "maths.h"
+#include "../maths.h"
 
 namespace fastprob {
 namespace match {
