@@ -1,9 +1,15 @@
-"""Files that are there whole or not at all, and weights in them."""
+"""Files that are there whole or not at all, weights in them, and directories with one writer at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import getpass
 import os
-from collections.abc import Callable, Mapping
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -33,6 +39,44 @@ def write_atomically(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+LOCK = ".lock"
+
+
+def is_scratch(name: str) -> bool:
+    """Whether a file of this name is a lock, or what a process that died in `write_atomically` left."""
+    return name == LOCK or re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
+
+
+@contextlib.contextmanager
+def locked(who: str, directory: str | os.PathLike) -> Iterator[None]:
+    """Make the directory if need be, and keep all others that ask by this function from writing into it.
+
+    The lock is the system's and ends with its process, so none is ever stale; the file names its owner. Raises
+    ValueError, as `who`, with that name where another process or thread writes there.
+    """
+    file = Path(directory) / LOCK
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            lock = stack.enter_context(open(file, "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read() or "another process"
+                raise ValueError(f"{who}: {directory} is being written by {owner}; wait for it or stop it") from None
+            if file.exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
+                break  # else its owner before took it away meanwhile
+        lock.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        lock.write(f"process {os.getpid()} of {getpass.getuser()} on {socket.gethostname()} since {since}")
+        lock.flush()
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

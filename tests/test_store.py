@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import toy_clip
 from toy_clip import Digits
 
 from fastprob.data import store_format
+from fastprob.data.captions import ImageCaptions
 from fastprob.data.store import EmbeddingStore, embed
 from fastprob.encoders import load_encoder
 
@@ -247,6 +250,108 @@ def test_interrupted_overwrite_leaves_no_readable_mixture(copy, encoder):
         write(copy, encoder, dataset, overwrite=True)
     with pytest.raises(ValueError, match="incomplete"):
         EmbeddingStore(copy)
+
+
+# --------------------------------------------------------------------------- whose place, whose turn
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("names", [["image.npy", "text.npy"], ["notes.txt", "a", "b", "c"]])
+def test_what_is_no_store_is_left_alone(tmp_path, encoder, names, overwrite):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    got = f"got one with {', '.join(sorted(names)[:3])}" + (" and 1 more" if len(names) > 3 else "$")
+    with pytest.raises(ValueError, match=f"expected a new or empty directory or an embedding store, {got}"):
+        write(tmp_path, encoder, overwrite=overwrite)
+    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == dict.fromkeys(names, "mine")
+
+
+def test_metadata_of_something_else_is_not_overwritten(tmp_path, encoder):
+    (tmp_path / store_format.METADATA).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="expected store format 1"):
+        write(tmp_path, encoder, overwrite=True)
+
+
+def test_an_empty_directory_will_do(tmp_path, complete, encoder):
+    (tmp_path / ".lock").write_text("")
+    (tmp_path / ".metadata.json.123.tmp").write_text("what a process that was killed left")
+    write(tmp_path, encoder)
+    (tmp_path / ".metadata.json.123.tmp").unlink()
+    assert_same_files(tmp_path, complete)
+
+
+def test_files_beside_a_store_are_left_alone(copy, encoders):
+    (copy / "notes.txt").write_text("mine")
+    write(copy, encoders[1], overwrite=True)
+    assert (copy / "notes.txt").read_text() == "mine"
+
+
+def test_one_writer_at_a_time(tmp_path, complete, encoder):
+    path, refused = tmp_path / "store", []
+
+    class Meeting(Digits):
+        def __getitem__(self, i):
+            if i == 5:
+                with pytest.raises(ValueError, match="is being written by process") as caught:
+                    write(path, encoder)
+                refused.append(str(caught.value))
+            return super().__getitem__(i)
+
+    write(path, encoder, Meeting())
+    assert f"embed: {path} is being written by process {os.getpid()} of " in refused[0]
+    assert_same_files(path, complete)
+    read_only = [name for name in FILES if (path / name).chmod(0o400) is None]
+    path.chmod(0o500)
+    write(path, encoder)  # whole, so nothing is written and nothing locked
+    path.chmod(0o700)
+    assert sorted(os.listdir(path)) == sorted(read_only)
+
+
+HOLDER = """
+import os, sys
+from fastprob._files import locked
+with locked("holder", sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path, complete, encoder):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"is being written by process {holder.pid} of "):
+            write(tmp_path, encoder)
+        holder.kill()
+    write(tmp_path, encoder)
+    assert_same_files(tmp_path, complete)
+
+
+@pytest.mark.parametrize("stop", [None, 9])
+@pytest.mark.parametrize(("change", "named"), [("caption", "captions"), ("pixel", "files"), ("label", "captions")])
+def test_changed_data_are_another_source(tmp_path, encoder, change, named, stop):
+    """After a complete store and between a stop and what resumes it."""
+    path = tmp_path / "store"
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, file in enumerate(files):
+        Digits()[i][0].save(file)
+    captions, labels = [[f"number {i}"] for i in range(12)], [i % 3 for i in range(12)]
+    data = ImageCaptions("own", files, captions, labels)
+    if stop is None:
+        write(path, encoder, data)
+    else:
+        data.images = [*files[:stop], tmp_path / "torn.png", *files[stop + 1 :]]
+        data.digests = ImageCaptions("own", files, captions, labels).digests
+        with pytest.raises(OSError):
+            write(path, encoder, data)
+    if change == "caption":
+        captions[2] = ["another number"]
+    if change == "label":
+        labels[2] = 1
+    if change == "pixel":
+        Digits()[11][0].save(files[2])
+    with pytest.raises(ValueError, match=f"another source: {named} is '[0-9a-f]{{64}}' there, '[0-9a-f]{{64}}' here;"):
+        write(path, encoder, ImageCaptions("own", files, captions, labels))
 
 
 # ------------------------------------------------------------------------------------------ full disk

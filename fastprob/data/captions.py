@@ -1,5 +1,5 @@
 """Captioned images of any source, behind one protocol: `len()`, `[i] -> (PIL RGB image, list of captions)`,
-`name`, and `labels` ([N] class of each image, or None).
+`name`, `labels` ([N] class of each image, or None), and `digests()` of files, which may change.
 
     digitscenes, digitscenes:val              the built-in scenes (`fastprob.data.digitscenes`)
     captions_val2017.json                     COCO captions; images in the published place, ../val2017
@@ -9,6 +9,7 @@
     oxford-flowers/                           Flowers: jpg/*.jpg and imagelabels.mat; text_c10/ is optional
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -46,6 +47,12 @@ class ImageCaptions(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image, list[str]]:
         return open_rgb(self.images[i]), self.captions[i]
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of all captions and labels, and of every image file's name, size and time of change."""
+        labels = None if self.labels is None else self.labels.tolist()
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.images]
+        return {"captions": _digest((self.captions, labels)), "files": _digest(files)}
+
 
 def open_dataset(spec: str) -> DigitScenes | ImageCaptions:
     """The data set that `spec` describes (the module's docstring has the forms).
@@ -67,6 +74,10 @@ def open_dataset(spec: str) -> DigitScenes | ImageCaptions:
     if (path / "jpg").is_dir() and (path / "imagelabels.mat").is_file():
         return _flowers(path)
     raise ValueError(f"open_dataset: expected {EXPECTED}; got {spec!r}" + ("" if path.exists() else ", not found"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _coco(path: Path, root: Path | None) -> ImageCaptions:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from fastprob._files import is_scratch, locked
 from fastprob.data import store_format as on_disk
 from fastprob.data.images import described
 from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, TEXT
@@ -117,14 +118,16 @@ def embed(
 
     `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N] and
     `ambiguity() -> [M]`, how many of the images each caption fits; `encoder` is what
-    `fastprob.encoders.load_encoder` returns. A complete store from the same source is returned as it is,
-    but for an ambiguity that it lacks, a partial one is checked and resumed, `overwrite` starts afresh.
+    `fastprob.encoders.load_encoder` returns. What a data set's `digests() -> {name: str}` says, of captions and image
+    files, is recorded, and has to be the same when the store is asked for again. A complete store from the same source is returned as it is,
+    but for an ambiguity that it lacks, a partial one is checked and resumed, `overwrite` starts a store afresh.
     `shard_size` images are secured at a time; with equal `batch_size`, `shard_size` and thread count, an
     interrupted run ends in the same bytes as an uninterrupted one.
 
-    Raises ValueError when the store at `path` came from another data set or encoder (naming the difference),
-    when it is damaged, or when the encoder's output is malformed; OSError (ENOSPC) when the disk is full or
-    would become so, leaving a store that the same call resumes.
+    Raises ValueError when `path` holds anything but a store, when the store there came from another data set or
+    encoder (naming the difference), is damaged, or is being written by another process, and when the encoder's
+    output is malformed; OSError (ENOSPC) when the disk is full or would become so, leaving a store that the same
+    call resumes.
     """
     path = Path(path)
     if batch_size < 1 or shard_size < 1:
@@ -132,21 +135,46 @@ def embed(
     if len(dataset) == 0:
         raise ValueError(f"embed: data set {dataset.name!r} is empty")
     source = _source(dataset, encoder)
-    metadata = None if overwrite else on_disk.read_metadata(path)
-    if metadata is None:
-        metadata = on_disk.new_metadata(source)
-    _check_source(path, metadata["source"], source)
-    with _explain_full_disk(path, metadata):
-        if not metadata["complete"]:
-            _prepare(path, metadata)
-            _check_space(path, metadata, dataset)
-            done, total = metadata["images"], len(dataset)
-            with tqdm(total=total, initial=done, unit="image", disable=not progress) as bar:
-                _append_shards(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, bar)
-            _finish(path, metadata)
-        if hasattr(dataset, "ambiguity") and AMBIGUITY not in metadata:
-            on_disk.write_ambiguity(path, metadata, np.asarray(dataset.ambiguity()))
+    _check_place(path)
+    if overwrite or not _is_whole(path, source, dataset):
+        with locked("embed", path):
+            stored = None if overwrite else on_disk.read_metadata(path)
+            metadata = on_disk.new_metadata(source) if stored is None else stored
+            _check_source(path, metadata["source"], source)
+            with _explain_full_disk(path, metadata):
+                _write(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, progress)
     return EmbeddingStore(path)
+
+
+def _is_whole(path: Path, source: dict[str, Any], dataset: Any) -> bool:
+    """Whether nothing is left to do. Raises ValueError for a store of another source."""
+    metadata = on_disk.read_metadata(path)
+    if metadata is None:
+        return False
+    _check_source(path, metadata["source"], source)
+    return metadata["complete"] and (AMBIGUITY in metadata or not hasattr(dataset, "ambiguity"))
+
+
+def _write(
+    path: Path,
+    metadata: dict[str, Any],
+    dataset: Any,
+    encoder: Any,
+    batch_size: int,
+    shard_size: int,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Write what the store lacks."""
+    if not metadata["complete"]:
+        _prepare(path, metadata)
+        _check_space(path, metadata, dataset)
+        done, total = metadata["images"], len(dataset)
+        with tqdm(total=total, initial=done, unit="image", disable=not progress) as bar:
+            _append_shards(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, bar)
+        _finish(path, metadata)
+    if hasattr(dataset, "ambiguity") and AMBIGUITY not in metadata:
+        on_disk.write_ambiguity(path, metadata, np.asarray(dataset.ambiguity()))
 
 
 # ---------------------------------------------------------------------------------------- encoding
@@ -272,12 +300,22 @@ def _source(dataset: Any, encoder: Any) -> dict[str, Any]:
         "fingerprint": encoder.fingerprint(),
         "transform": described(encoder.preprocess),
         "dim": int(encoder.dim),
+        **(dataset.digests() if hasattr(dataset, "digests") else {}),
     }
+
+
+def _check_place(path: Path) -> None:
+    """Raises ValueError where there is something else than a store, which is somebody's own."""
+    if path.exists() and on_disk.read_metadata(path) is None:
+        found = sorted(entry.name for entry in path.iterdir() if not is_scratch(entry.name))
+        if found:
+            got = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            raise ValueError(f"{path}: expected a new or empty directory or an embedding store, got one with {got}")
 
 
 def _check_source(path: Path, stored: dict[str, Any], source: dict[str, Any]) -> None:
     """Raises ValueError unless both are the same; weights may have moved, their fingerprint says which they are."""
-    keys = [key for key in source if key != "pretrained" and stored.get(key) != source[key]]
+    keys = [key for key in source if key != "pretrained" and stored.get(key, source[key]) != source[key]]
     if keys:
         what = "; ".join(f"{key} is {stored.get(key)!r} there, {source[key]!r} here" for key in keys)
         raise ValueError(f"{path}: this store has another source: {what}; overwrite it or take a new path")
