@@ -12,10 +12,12 @@ image once, each with one random caption of its own. A run directory holds
     best.safetensors  the epoch of lowest validation NLL (without validation data: training loss), for
                       `ProbVLM.load`
     history.json      the loss of every step, the training loss and validation NLL of every epoch
+    encoder.json      of a store, the encoder whose embeddings these are
 
 each replaced in one step. Source: Upadhyay et al., ICCV 2023, equations 5 to 9.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -25,10 +27,12 @@ import torch
 from torch import Tensor
 
 import fastprob
+from fastprob._files import write_atomically
 from fastprob.adapters.adapter import DEFAULT_POSITIVE, ProbVLM, check_adapter
 from fastprob.data.pairs import Paired, Pairs, check_paired
 from fastprob.training import Run, cosine, own_random_state, seed_all
 
+CHECKPOINT, ENCODER = "best.safetensors", "encoder.json"
 _LOSS_OPTIONS = ("cross_weight", "l1_weight", "nll_weight", "form")
 
 
@@ -109,7 +113,8 @@ def fit(
         data: an embedding store or `PairedEmbeddings`: image [N, D], text [M, D], caption_image [M].
         validation: the same, held out; scored after every epoch.
         config: defaults to `TrainConfig()`.
-        directory: where checkpoints and history go, replacing an earlier run's; None writes nothing.
+        directory: where checkpoints, history and, of a store, its encoder's name go, replacing an earlier run's; None
+            writes nothing.
         resume: go on from `directory`/last.pt. The result equals an uninterrupted run's bit for bit.
         device: defaults to CUDA where there is one.
         progress: show a progress bar.
@@ -135,7 +140,7 @@ def fit(
     train = Pairs(data, device)
     held_out = None if validation is None else Pairs(validation, device)
     with own_random_state(device):
-        run = _Run(config, train, held_out, directory)
+        run = _Run(config, train, held_out, directory, getattr(data, "encoder", None))
         run.train(resume=resume, progress=progress)
     return FitResult(run.model.eval(), run.history)
 
@@ -176,7 +181,14 @@ def _nll(model: ProbVLM, pairs: Pairs, cross_weight: float, form: str) -> float:
 class _Run(Run):
     """Training of the two adapters on pairs."""
 
-    def __init__(self, config: TrainConfig, train: Pairs, held_out: Pairs | None, directory: str | os.PathLike | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        train: Pairs,
+        held_out: Pairs | None,
+        directory: str | os.PathLike | None,
+        encoder: dict | None,
+    ):
         seed_all(config.seed, train.device)
         model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive).to(train.device)
         steps = math.ceil(train.images / config.batch_size)
@@ -189,12 +201,14 @@ class _Run(Run):
             steps=steps,
             directory=directory,
         )
-        self.config, self.train_pairs, self.held_out = config, train, held_out
+        self.config, self.train_pairs, self.held_out, self.encoder = config, train, held_out, encoder
         self.options = {name: getattr(config, name) for name in _LOSS_OPTIONS}
         self.history["val_nll"] = []
 
     def start(self) -> None:
         self.history["nll_before"] = self.score_nll()
+        if self.writes and self.encoder is not None:
+            write_atomically(self.directory / ENCODER, json.dumps(self.encoder, indent=1) + "\n")
         super().start()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,13 +228,15 @@ class _Run(Run):
         if score < self.best:
             self.best = score
             if self.writes:
-                self.model.save(self.directory / "best.safetensors")
+                self.model.save(self.directory / CHECKPOINT)
 
     def score_nll(self) -> float:
         return _nll(self.model, self.held_out or self.train_pairs, self.config.cross_weight, self.config.form)
 
     def identity(self) -> dict:
-        pairs = self.train_pairs
-        data = {"images": pairs.images, "captions": pairs.captions, "dim": pairs.dim}
-        held_out = self.held_out and {"images": self.held_out.images, "captions": self.held_out.captions}
-        return {**asdict(self.config), "data": data, "validation": held_out}
+        held_out = None if self.held_out is None else _described(self.held_out)
+        return {**asdict(self.config), "data": _described(self.train_pairs), "validation": held_out}
+
+
+def _described(pairs: Pairs) -> dict:
+    return {"images": pairs.images, "captions": pairs.captions, "dim": pairs.dim, "sha256": pairs.digest}

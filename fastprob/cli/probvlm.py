@@ -14,8 +14,14 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --
     from fastprob.adapters import ProbVLM
     from fastprob.data.store import EmbeddingStore
 
-CHECKPOINT = "best.safetensors"
-ENCODER = "encoder.json"  # in a run's directory: the encoder whose embeddings it was trained on
+
+def open_store(path: Path) -> EmbeddingStore:
+    """The store, every byte of it checked."""
+    from fastprob.data.store import EmbeddingStore
+
+    store = EmbeddingStore(path)
+    store.verify()
+    return store
 
 
 # --------------------------------------------------------------------------------------------- embed
@@ -69,20 +75,17 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
 
 def fit(args: argparse.Namespace) -> None:
     from fastprob.adapters import TrainConfig, fit
-    from fastprob.data.store import EmbeddingStore
+    from fastprob.adapters.training import CHECKPOINT, ENCODER
 
     if not args.resume and (args.out / "last.pt").exists():
         raise ValueError(f"{args.out} holds a run already; go on with it by --resume, or choose another --out")
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainConfig)})
-    data = EmbeddingStore(args.store)
-    validation = None if args.val_store is None else EmbeddingStore(args.val_store)
+    data = open_store(args.store)
+    validation = None if args.val_store is None else open_store(args.val_store)
     if validation is not None:
-        _check_same_encoder(_encoder_of(data), str(data.path), validation)
+        _check_same_encoder(data.encoder, str(data.path), validation)
     if args.resume:
         _check_encoder(args.out / ENCODER, data)
-    else:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ENCODER).write_text(json.dumps(_encoder_of(data), indent=1) + "\n", encoding="utf-8")
     options = {"validation": validation, "directory": args.out, "resume": args.resume, "device": device_of(args.device)}
     result = fit(data, config=config, **options)
     print(f"{args.out / CHECKPOINT}: NLL {result.nll_before:.4f} -> {result.nll_after:.4f} nats per dimension")
@@ -93,7 +96,7 @@ def fit(args: argparse.Namespace) -> None:
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, type=Path, help="embedding store to evaluate on")
-    parser.add_argument("--checkpoint", required=True, type=Path, help=f"file, or run directory with {CHECKPOINT}")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
     parser.add_argument("--out", type=Path, help="directory of report.json and figures (default: only print)")
     parser.add_argument("--passes", type=int, default=20, help="dropout passes (default: 20; 0: aleatoric only)")
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
@@ -103,9 +106,8 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from fastprob.adapters.report import evaluate_store
-    from fastprob.data.store import EmbeddingStore
 
-    store = EmbeddingStore(args.store)
+    store = open_store(args.store)
     model = _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
     report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
     print(store, f"\n\n{report.table()}", sep="")
@@ -116,6 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
     """The model in a file or in a run's directory. Raises ValueError when it is none, or not for this store."""
     from fastprob.adapters import ProbVLM
+    from fastprob.adapters.training import CHECKPOINT, ENCODER
 
     path = path / CHECKPOINT if path.is_dir() else path
     model = ProbVLM.load(path)
@@ -136,13 +139,8 @@ def _check_encoder(file: Path, store: EmbeddingStore) -> None:
 
 def _check_same_encoder(encoder: dict[str, Any], owner: str, store: EmbeddingStore) -> None:
     """Equal widths are not enough: adapters do not transfer between encoders."""
-    ours = _encoder_of(store)
-    if encoder["fingerprint"] != ours["fingerprint"]:
-        raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {ours}")
-
-
-def _encoder_of(store: EmbeddingStore) -> dict[str, Any]:
-    return {key: store.metadata["source"][key] for key in ("model", "pretrained", "dim", "fingerprint")}
+    if encoder["fingerprint"] != store.encoder["fingerprint"]:
+        raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {store.encoder}")
 
 
 COMMANDS = {

@@ -1,7 +1,9 @@
 """Paired embeddings of images and captions: what a usable set is, and how training draws batches from it."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from fastprob.training import seed_of, share
 
-_CHECK_ROWS = 65536
-"""Rows read at a time by the check for NaN, so that a memory-mapped store is never copied whole."""
+_ROWS_AT_ONCE = 65536
+"""Rows that are read at a time where all are, so that a memory-mapped store is never copied whole."""
 
 
 class Paired(Protocol):
@@ -63,8 +65,8 @@ def check_paired(name: str, data: Paired) -> None:
     if bare.any():
         raise ValueError(f"{name}: every image needs a caption, image {int(bare.nonzero()[0])} has none")
     for label, rows in (("image", image), ("text", text)):
-        for start in range(0, len(rows), _CHECK_ROWS):
-            bad = ~rows[start : start + _CHECK_ROWS].isfinite().all(1)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            bad = ~rows[start : start + _ROWS_AT_ONCE].isfinite().all(1)
             if bad.any():
                 row = start + int(bad.nonzero()[0])
                 raise ValueError(f"{name}: {label} row {row} has a NaN or infinite value")
@@ -87,6 +89,15 @@ class Pairs:
         resident = _fits(device, data.image, data.text)
         self._image = data.image.to(device) if resident else data.image
         self._text = data.text.to(device) if resident else data.text
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows and of whose the captions are."""
+        digest = hashlib.sha256()
+        for rows in (self._image, self._text, self._by_image, self._count):
+            for part in rows.split(_ROWS_AT_ONCE):
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def epoch(self, seed: int, epoch: int, batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every image once, in random order, each with one random caption of its own.

@@ -98,6 +98,11 @@ class EmbeddingStore:
         """
         return torch.from_numpy(np.load(self.path / AMBIGUITY)) if AMBIGUITY in self.metadata else None
 
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """The encoder of these embeddings: model, pretrained, dim and fingerprint."""
+        return {key: self.metadata["source"][key] for key in ("model", "pretrained", "dim", "fingerprint")}
+
     def verify(self) -> None:
         """Read every byte; raises ValueError naming the first file and shard whose checksum differs."""
         on_disk.verify(self.path, self.metadata)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastprob._files import write_atomically
+from fastprob._files import locked, write_atomically
 from fastprob.training.distributed import average, on_any, rank
 from fastprob.training.random import random_state, set_random_state
 
@@ -88,16 +88,19 @@ class Run:
         """Called after the last step of an epoch, before the run is saved."""
 
     def train(self, *, resume: bool, progress: bool) -> None:
-        """Take all steps, or those that are left. Raises KeyboardInterrupt after Ctrl-C, between two of them."""
-        if resume:
-            self.load()
-        else:
-            self.start()
-        done = self.epoch * self.steps + self.step
-        bar = tqdm(total=self.epochs * self.steps, initial=done, desc="fit", unit="step", disable=not progress)
-        with interrupt_between_steps() as interrupted, bar:
-            while self.epoch < self.epochs:
-                self.train_epoch(bar, interrupted)
+        """Take all steps, or those that are left. Raises KeyboardInterrupt after Ctrl-C, between two of them, and
+        ValueError where another process trains in the same directory.
+        """
+        with locked("fit", self.directory) if self.writes else nullcontext():
+            if resume:
+                self.load()
+            else:
+                self.start()
+            done = self.epoch * self.steps + self.step
+            bar = tqdm(total=self.epochs * self.steps, initial=done, desc="fit", unit="step", disable=not progress)
+            with interrupt_between_steps() as interrupted, bar:
+                while self.epoch < self.epochs:
+                    self.train_epoch(bar, interrupted)
 
     def train_epoch(self, bar: tqdm, interrupted: threading.Event) -> None:
         """Take the steps that are left of this epoch."""
