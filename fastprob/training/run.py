@@ -89,15 +89,16 @@ class Run:
 
     def train(self, *, resume: bool, progress: bool) -> None:
         """Take all steps, or those that are left. Raises KeyboardInterrupt after Ctrl-C, between two of them."""
-        if resume:
-            self.load()
-        else:
-            self.start()
-        done = self.epoch * self.steps + self.step
-        bar = tqdm(total=self.epochs * self.steps, initial=done, desc="fit", unit="step", disable=not progress)
-        with interrupt_between_steps() as interrupted, bar:
-            while self.epoch < self.epochs:
-                self.train_epoch(bar, interrupted)
+        with interrupt_between_steps() as interrupted:
+            if resume:
+                self.load()
+            else:
+                self.start()
+            done = self.epoch * self.steps + self.step
+            options = {"desc": "fit", "unit": "step", "disable": not progress}
+            with tqdm(total=self.epochs * self.steps, initial=done, **options) as bar:
+                while self.epoch < self.epochs:
+                    self.train_epoch(bar, interrupted)
 
     def train_epoch(self, bar: tqdm, interrupted: threading.Event) -> None:
         """Take the steps that are left of this epoch."""
