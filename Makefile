@@ -129,7 +129,7 @@ NEWEST := .venv-newest/bin/python
 test-newest: wheel
 	test -x $(NEWEST) || $(PYTHON312) -m venv .venv-newest
 	$(NEWEST) -m pip install -q --upgrade $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(NEWEST) -m pip install -q numpy scipy mpmath hypothesis pytest pytest-timeout pytest-xdist
+	$(NEWEST) -m pip install -q numpy safetensors tqdm scipy mpmath hypothesis pytest pytest-timeout pytest-xdist
 	$(NEWEST) -m pip install -q --no-deps --force-reinstall $$(ls -t dist/fastprob-*.whl | head -1)
 	cd tests && OMP_NUM_THREADS=1 ../$(NEWEST) -m pytest -q -n 2 --dist worksteal -p no:cacheprovider \
 		test_ops.py test_distributions.py test_nn.py

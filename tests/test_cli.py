@@ -365,13 +365,14 @@ sys.exit(main(sys.argv[2:]))
 
 
 def interrupt(toy, awaited, *argv):
-    """Run a command slowly, send it SIGINT once `awaited` exists; return its stderr and exit code."""
+    """Run a command slowly, send it SIGINT soon after `awaited` exists; return its stderr and exit code."""
     command = [sys.executable, "-c", SLOWLY, toy / "toy-cli.json", *argv]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
+        time.sleep(0.5)  # its progress bar stands by then
         process.send_signal(signal.SIGINT)
         return process.communicate(timeout=60)[1], process.returncode
     finally:

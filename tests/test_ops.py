@@ -586,7 +586,7 @@ def test_bad_labels_are_named(spoil, message):
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_out_of_range_reads_no_memory(label):
+def test_prototype_dispersion_reads_no_memory_for_a_label_out_of_range(label):
     """Where the wrapper does not look at the labels, the kernels do."""
     tensors = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([1, 2, label])
     compiled = torch.compile(lambda *t: 2 * fastprob.prototype_dispersion(*t), fullgraph=True)

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 import fastprob
 from fastprob.adapters import GGDAdapter, PairedEmbeddings, ProbVLM, TrainConfig, fit, nll, training
 from fastprob.data.pairs import Pairs
+from fastprob.training import run as training_run
 
 DIM = 8
 
@@ -86,6 +87,16 @@ def test_the_best_epoch_is_kept_though_scores_rise_again(tmp_path, monkeypatch, 
     best = ProbVLM.load(tmp_path / "best.safetensors").state_dict()
     assert all(weight.equal(states[2][name]) for name, weight in best.items())
     assert not all(weight.equal(states[3][name]) for name, weight in best.items())
+
+
+def test_ctrl_c_before_the_first_step_waits_for_it(tmp_path, monkeypatch):
+    """An interrupt in the constructor of the progress bar would leave half a bar, whose end prints a traceback."""
+    bar = training_run.tqdm
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_run, "tqdm", lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), bar(*_, **__))[1])
+        run(tmp_path)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    assert same(run(tmp_path, resume=True), run())
 
 
 def test_without_validation_the_epoch_of_least_training_loss_is_kept(tmp_path, monkeypatch):

@@ -91,14 +91,15 @@ class Run:
         """Take all steps, or those that are left. Raises KeyboardInterrupt after Ctrl-C, between two of them, and
         ValueError where another process trains in the same directory.
         """
-        with locked("fit", self.directory) if self.writes else nullcontext():
+        lock = locked("fit", self.directory) if self.writes else nullcontext()
+        with lock, interrupt_between_steps() as interrupted:
             if resume:
                 self.load()
             else:
                 self.start()
             done = self.epoch * self.steps + self.step
-            bar = tqdm(total=self.epochs * self.steps, initial=done, desc="fit", unit="step", disable=not progress)
-            with interrupt_between_steps() as interrupted, bar:
+            options = {"desc": "fit", "unit": "step", "disable": not progress}
+            with tqdm(total=self.epochs * self.steps, initial=done, **options) as bar:
                 while self.epoch < self.epochs:
                     self.train_epoch(bar, interrupted)
 
