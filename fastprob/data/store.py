@@ -121,13 +121,13 @@ def embed(
 ) -> EmbeddingStore:
     """Encode `dataset` with `encoder` into a store at `path`, once; return the opened store.
 
-    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N] and
-    `ambiguity() -> [M]`, how many of the images each caption fits; `encoder` is what
-    `fastprob.encoders.load_encoder` returns. What a data set's `digests() -> {name: str}` says, of captions and image
-    files, is recorded, and has to be the same when the store is asked for again. A complete store from the same source is returned as it is,
-    but for an ambiguity that it lacks, a partial one is checked and resumed, `overwrite` starts a store afresh.
-    `shard_size` images are secured at a time; with equal `batch_size`, `shard_size` and thread count, an
-    interrupted run ends in the same bytes as an uninterrupted one.
+    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N],
+    `ambiguity() -> [M]`, how many of the images each caption fits, and `digests() -> {name: str}` of what may change
+    under its name, captions and image files; `encoder` is what `fastprob.encoders.load_encoder` returns. A complete
+    store from the same source, by names and digests, is returned as it is, but for an ambiguity that it lacks, a
+    partial one is checked and resumed, `overwrite` starts a store afresh. `shard_size` images are secured at a time;
+    with equal `batch_size`, `shard_size` and thread count, an interrupted run ends in the same bytes as an
+    uninterrupted one.
 
     Raises ValueError when `path` holds anything but a store, when the store there came from another data set or
     encoder (naming the difference), is damaged, or is being written by another process, and when the encoder's
