@@ -99,6 +99,22 @@ def test_ctrl_c_before_the_first_step_waits_for_it(tmp_path, monkeypatch):
     assert same(run(tmp_path, resume=True), run())
 
 
+def test_one_run_at_a_time_in_a_directory(tmp_path, monkeypatch):
+    """What the first run has written stays, and the second one says who that is."""
+    with monkeypatch.context() as patch:
+
+        def meet():
+            written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+            with pytest.raises(ValueError, match=f"fit: {tmp_path} is being written by process {os.getpid()} of "):
+                run(tmp_path, resume=False)
+            assert written == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        stop_after(patch, 3, meet)
+        result = run(tmp_path)
+    assert same(result, run())
+    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.pt"]
+
+
 def test_without_validation_the_epoch_of_least_training_loss_is_kept(tmp_path, monkeypatch):
     losses = iter([3.0] * 5 + [1.0] * 5 + [2.0] * 5)
     update, saved = training._Run.update, []
