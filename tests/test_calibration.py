@@ -8,7 +8,7 @@ import sys
 import pytest
 import scipy.stats
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from fastprob.adapters import PairedEmbeddings, report
 from fastprob.evaluation import figures, retrieval
