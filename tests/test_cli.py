@@ -1,6 +1,7 @@
 """The command line: the whole way on real digits, and every mistake that users make, through `main` itself."""
 
 import errno
+import importlib.metadata
 import inspect
 import json
 import math
@@ -225,6 +226,22 @@ def test_every_command_explains_itself(capsys, command):
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["fit", "prompt predict"])
+def test_an_unknown_option_shows_the_options_of_its_command(capsys, command):
+    needed = {"fit": ["--store", "store", "--out", "run"], "prompt predict": ["x.png", "--checkpoint", "run"]}[command]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), *needed, "--speed", "9"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"usage: fastprob {command} [-h] ") and needed[-2] in error
+    assert error.endswith(f"fastprob {command}: error: unrecognized arguments: --speed 9\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fastprob {importlib.metadata.version('fastprob')}\n"
 
 
 def test_defaults_of_eval_are_the_librarys():

@@ -205,13 +205,15 @@ def test_an_epoch_draws_each_image_once_with_a_caption_of_its_own():
 @pytest.mark.parametrize("steps", [1, 5, 7, 14])
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(tmp_path, monkeypatch, steps):
     """A real SIGINT in the middle of a step: mid-epoch, and at the last step of an epoch."""
-    expected = run()
+    expected = run(tmp_path / "whole")
     stop_after(monkeypatch, steps, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == divmod(steps, 5)
     assert same(run(tmp_path, resume=True), expected)
+    for name in ("best.safetensors", "history.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_callers_handler_of_ctrl_c_is_put_back():

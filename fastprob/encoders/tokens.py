@@ -29,7 +29,8 @@ def lost(tokenizer: Callable, texts: Sequence[str]) -> Lost:
     length = empty.shape[1]
     padding = tokenizer([""], context_length=length + 1)[0, -1]
     mark = getattr(getattr(tokenizer, "tokenizer", None), "unk_token_id", None)
-    mark = None if mark is None or mark in empty else mark  # the one that ends a text stands for unknown ones too, in CLIP's
+    if mark is not None and mark in empty:  # CLIP's mark of an end stands for unknown tokens too
+        mark = None
     cut = unknown = tokens = 0
     for start in range(0, len(texts), _AT_ONCE):
         some = list(texts[start : start + _AT_ONCE])
