@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,28 @@ def open_store(path: Path) -> EmbeddingStore:
 # --------------------------------------------------------------------------------------------- embed
 
 
+DATA = (
+    "data set: a table of captions (.csv, .tsv, .parquet), COCO's or Karpathy's .json, Flickr30k's or Flickr8k's file, "
+    "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
+    ".txt files, of webdataset's .tar, CUB's, Flowers'; hf:NAME:SPLIT; digitscenes:train, :val, :test"
+)
+DATA_OPTIONS = {
+    "image_key": "column of the images' paths (default: image, filepath, file_name or image_path)",
+    "caption_key": "column of the captions (default: caption, title or text)",
+    "separator": "what separates columns (default: the one of , ; and tab that the header has)",
+    "split": "of Karpathy's JSON: train, restval, val, test, or several joined by + (default: all)",
+    "template": "captions of images by class (default: 'a photo of a {}.')",
+}
+
+
 def embed_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="data set: digitscenes:train, :val, :test, or a path")
+    parser.add_argument("--data", required=True, help=DATA)
     parser.add_argument("--out", required=True, type=Path, help="directory of the store")
     add_encoder(parser)
+    for name, text in DATA_OPTIONS.items():
+        parser.add_argument("--" + name.replace("_", "-"), help=text)
+    parser.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out rows that can't be used and list them")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a store already")
@@ -39,10 +58,19 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
 def embed(args: argparse.Namespace) -> None:
     from fastprob.data.captions import open_dataset
     from fastprob.data.store import embed
+    from fastprob.data.store_format import SKIPPED
 
-    dataset = open_dataset(args.data)
+    given = {name: getattr(args, name) for name in DATA_OPTIONS}
+    dataset = open_dataset(args.data, skip_bad=args.skip_bad, allow_outside=args.allow_outside, **given)
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "overwrite": args.overwrite}
     print(embed(dataset, load_encoder_of(args), args.out, **options))
+    skipped = getattr(dataset, "skipped", ())
+    if skipped:
+        first = f"first {skipped[0]['row']}: {skipped[0]['reason']}"
+        print(
+            f"fastprob embed: left out {len(skipped)} bad rows, listed in {args.out / SKIPPED}; {first}",
+            file=sys.stderr,
+        )
 
 
 # ----------------------------------------------------------------------------------------------- fit
