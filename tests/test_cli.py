@@ -200,7 +200,7 @@ def test_help_and_mistyped_options_wait_for_nothing():
         assert f"\n    {command} " in output
     for argv, message in (
         (["eval", "--help"], "--checkpoint"),
-        (["embed", "--modle", "tiny"], "the following arguments are required: --data, --out"),
+        (["embed", "--modle", "tiny"], "the following arguments are required: --out"),
         (["demo", "probvln"], "invalid choice: 'probvln'"),
         (["prompt"], "the following arguments are required: command"),
     ):

@@ -155,7 +155,7 @@ def beside(file: Path, names: list[Any]) -> Path:
     """The folder of `file` or the one in it that has one of the first images; without any, the file's own."""
     places = [file.parent, *sorted(each for each in file.parent.iterdir() if each.is_dir())]
     tried = [name for name in names[:20] if isinstance(name, str) and "\0" not in name]
-    return next((place for place in places for name in tried if (place / name).is_file()), file.parent)
+    return next((place for place in places for name in tried if os.path.isfile(place / name)), file.parent)
 
 
 def _within(root: Path, path: Path) -> bool:

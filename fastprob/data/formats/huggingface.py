@@ -49,8 +49,8 @@ def read(rows: Rows, spec: str, *, image_key: str | None = None, caption_key: st
         raise ImportError(f"{spec} needs datasets: pip install 'fastprob[hf]'") from error
     data = _load(datasets, spec)
     columns = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
-    image = pick_column(spec, columns, image_key, tuple(columns), "image")
-    caption = pick_column(spec, data.column_names, caption_key, (*CAPTION_KEYS, "captions"), "caption")
+    image = pick_column(spec, columns, image_key, tuple(columns), "image_key")
+    caption = pick_column(spec, data.column_names, caption_key, (*CAPTION_KEYS, "captions"), "caption_key")
     images = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     for row, texts in enumerate(data[caption]):
         where = f"{spec}, row {row}"

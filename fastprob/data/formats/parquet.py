@@ -31,12 +31,12 @@ def read(
     """image_key, caption_key: the columns' names. What img2dataset could not download is no row."""
     for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
         header = columns(file)
-        captions = read_column(file, pick_column(file, header, caption_key, CAPTION_KEYS, "caption"))
+        captions = read_column(file, pick_column(file, header, caption_key, CAPTION_KEYS, "caption_key"))
         downloaded = image_key is None and "key" in header and not set(IMAGE_KEYS) & set(header)
         if downloaded:
             images = _downloaded(file, header, root or file.parent)
         else:
-            images = read_column(file, pick_column(file, header, image_key, IMAGE_KEYS, "image"))
+            images = read_column(file, pick_column(file, header, image_key, IMAGE_KEYS, "image_key"))
         pairs = [
             (f"{file}, row {row}", image, text)
             for row, (image, texts) in enumerate(zip(images, captions))

@@ -39,8 +39,8 @@ def read(
         first = file.readline()
         separator = separator or max(SEPARATORS, key=first.count)
         header = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
-        image = pick_column(path, header, image_key, IMAGE_KEYS, "image")
-        caption = pick_column(path, header, caption_key, CAPTION_KEYS, "caption")
+        image = pick_column(path, header, image_key, IMAGE_KEYS, "image_key")
+        caption = pick_column(path, header, caption_key, CAPTION_KEYS, "caption_key")
         pairs = []
         for where, row in _rows(rows, path, csv.reader(file, delimiter=separator, strict=True)):
             if len(row) == len(header):
@@ -68,11 +68,11 @@ def _rows(rows: Rows, path: Path, lines: Iterator[list[str]]) -> Iterator[tuple[
         yield f"{path}, line {first}", row
 
 
-def pick_column(path: Path, header: list[str], named: str | None, usual: tuple[str, ...], what: str) -> str:
+def pick_column(path: Path, header: list[str], named: str | None, usual: tuple[str, ...], option: str | None) -> str:
     """The column of that name, or the first of the usual ones. Raises ValueError without it, or with two of it."""
     column = named or next((name for name in usual if name in header), None)
     if column is None or header.count(column) != 1:
         expected = f"one column {column!r}" if column else f"a column {' or '.join(map(repr, usual))}"
-        hint = "" if named else f" (or name it: {what}_key)"
+        hint = "" if named or option is None else f" (or name it: {option})"
         raise ValueError(f"open_dataset: {path}: expected {expected} in the header{hint}, got {header}")
     return column
