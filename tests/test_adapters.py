@@ -1,5 +1,7 @@
 """The adapter: released names and weights, saving and loading, where an untrained one starts."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -151,3 +153,35 @@ def test_bad_arguments(make, arguments, message):
 def test_bad_input_width():
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 6\], got \(3, 5\)"):
         GGDAdapter(6, 4)(torch.zeros(3, 5))
+
+
+CONFIG = {"dim": 8, "hidden": 4, "dropout": 0.1, "positive": "relu"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, "must have a config in JSON, got none"),
+        ("{", "must have a config in JSON, got: Expecting property name"),
+        ("[" * 100_000, "must have a config in JSON, got: "),
+        ("7", "must have a config of ['dim', 'dropout', 'hidden', 'positive'], got 7"),
+        ({"dim": 8}, "must have a config of ['dim', 'dropout', 'hidden', 'positive'], got {'dim': 8}"),
+        ({**CONFIG, "depth": 2}, "must have a config of ['dim', 'dropout', 'hidden', 'positive'], got {'dim': 8, "),
+        ({**CONFIG, "dim": "8"}, ": dim must be a positive integer, got '8'"),
+        ({**CONFIG, "dropout": "x"}, ": dropout must be in [0, 1), got 'x'"),
+        ({**CONFIG, "dropout": None}, ": dropout must be in [0, 1), got None"),
+        ({**CONFIG, "positive": ["relu"]}, ": positive must be one of ['relu', 'softplus'], got ['relu']"),
+        ({**CONFIG, "hidden": 5}, "does not fit a ProbVLM of {'dim': 8, 'hidden': 5, "),
+        ({**CONFIG, "dim": 10_000_000}, "does not fit a ProbVLM of {'dim': 10000000, "),
+        ({**CONFIG, "dim": 10**15}, "does not fit a ProbVLM of {'dim': 1000000000000000, "),
+    ],
+)
+def test_load_names_a_damaged_config(tmp_path, config, expected):
+    """Before memory is taken for what it asks for."""
+    path, model = tmp_path / "model.safetensors", ProbVLM(8, 4, positive="relu")
+    text = config if config is None or isinstance(config, str) else json.dumps(config)
+    metadata = {"format": "fastprob.ProbVLM/1", **({} if text is None else {"config": text})}
+    save_file(model.state_dict(), path, metadata)
+    with pytest.raises(ValueError) as caught:
+        ProbVLM.load(path)
+    assert str(caught.value).startswith(f"ProbVLM.load: {path}") and expected in str(caught.value)

@@ -403,3 +403,14 @@ def test_ctrl_c_in_fit(tmp_path, toy, stores):
     succeed(*arguments, "--resume")
     after = json.loads(history.read_text())["step_loss"]
     assert len(after) == 60 * 4 and after[: len(before)] == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "tiny"}', "7"])
+def test_damaged_encoder_file_of_a_run_is_named(capsys, tmp_path, stores, run, content):
+    damaged = shutil.copytree(run, tmp_path / "run")
+    (damaged / "encoder.json").write_text(content)
+    for command in (
+        ("eval", "--store", stores / "val", "--checkpoint", damaged),
+        ("fit", "--store", stores / "train", "--val-store", stores / "val", "--out", damaged, "--resume", *FIT),
+    ):
+        assert f"{damaged / 'encoder.json'}: expected " in fail(capsys, *command)

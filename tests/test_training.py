@@ -391,3 +391,14 @@ def test_bad_pairs_are_refused_by_fit_whatever_holds_them():
 def test_bad_config(argument, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {argument} must .*got {value!r}"):
         TrainConfig(**{argument: value})
+
+
+@pytest.mark.parametrize("part", ["identity", "history", "model", "optimizer", "losses", "random"])
+def test_a_damaged_checkpoint_is_named(tmp_path, part):
+    run(tmp_path)
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    for damaged in ({key: value for key, value in state.items() if key != part}, {**state, part: "nothing"}):
+        torch.save(damaged, path)
+        with pytest.raises(ValueError, match=rf"fit: {path} must be a checkpoint of a run, its state can't be used: "):
+            run(tmp_path, resume=True)
