@@ -1,5 +1,6 @@
 """The adapter: released names and weights, saving and loading, where an untrained one starts."""
 
+import errno
 import json
 
 import pytest
@@ -121,17 +122,18 @@ def test_load_refuses_another_file(tmp_path):
         ProbVLM.load(tmp_path / "none.safetensors")
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def write_half(temporary):
+    def full(temporary, _):
         temporary.write_text("ne")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write_half)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match=f"disk full: '{path}'"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("make", [GGDAdapter, ProbVLM])

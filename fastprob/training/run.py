@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -175,7 +176,9 @@ class Run:
             "extras": {name: module.state_dict() for name, module in self.extras.items()},
             "random": random_state(self.device),
         }
-        write_atomically(self.directory / LAST, lambda path: torch.save(state, path))
+        buffer = io.BytesIO()  # on a full disk torch's own writer raises RuntimeError
+        torch.save(state, buffer)
+        write_atomically(self.directory / LAST, buffer.getvalue())
         history = json.dumps({"config": self.identity(), **self.history})
         write_atomically(self.directory / "history.json", history)
 
