@@ -222,6 +222,9 @@ def test_flowers(tmp_path):
     (tmp_path / "jpg" / "image_00002.jpg").unlink()
     with pytest.raises(ValueError, match=r"expected a label for every .*, got 2 for 1 images"):
         open_dataset(str(tmp_path))
+    (tmp_path / "imagelabels.mat").write_bytes(b"torn" * 50)
+    with pytest.raises(ValueError, match=r"imagelabels\.mat: expected a \.mat file, got: "):
+        open_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize("spec", ["nothing/here", "digits", ""])

@@ -45,7 +45,10 @@ def read_flowers(rows: Rows, path: Path, root: Path | None) -> str:
     from scipy.io import loadmat
 
     images = sorted((path / "jpg").glob("image_*.jpg"))
-    labels = loadmat(path / "imagelabels.mat").get("labels")
+    try:
+        labels = loadmat(path / "imagelabels.mat").get("labels")
+    except Exception as error:  # of many kinds, where the file is damaged
+        raise ValueError(f"open_dataset: {path / 'imagelabels.mat'}: expected a .mat file, got: {error}") from error
     if labels is None or labels.size != len(images):
         got = "no 'labels'" if labels is None else f"{labels.size} for {len(images)} images"
         raise ValueError(
