@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,26 +18,24 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 
-def write_atomically(
-    path: str | os.PathLike, content: str | bytes | Callable[[Path], object], *, durable: bool = False
-) -> None:
+def write_atomically(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:
     """Replace the file at `path` in one step: who reads it sees the old content or the new, also if the process dies.
 
-    content: the text (UTF-8) or bytes, or a function that fills the file whose path it gets.
+    content: bytes, or text (UTF-8).
     durable: flush to the disk first, so that a power cut too leaves one of the two; a full disk is then an OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write's error names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

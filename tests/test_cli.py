@@ -202,7 +202,7 @@ def test_help_and_mistyped_options_wait_for_nothing():
         assert f"\n    {command} " in output
     for argv, message in (
         (["eval", "--help"], "--checkpoint"),
-        (["embed", "--modle", "tiny"], "the following arguments are required: --data, --out"),
+        (["embed", "--modle", "tiny"], "the following arguments are required: --out"),
         (["demo", "probvln"], "invalid choice: 'probvln'"),
         (["prompt"], "the following arguments are required: command"),
     ):
@@ -448,3 +448,14 @@ def test_ctrl_c_in_fit(tmp_path, toy, stores):
     succeed(*arguments, "--resume")
     after = json.loads(history.read_text())["step_loss"]
     assert len(after) == 60 * 4 and after[: len(before)] == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "tiny"}', "7"])
+def test_damaged_encoder_file_of_a_run_is_named(capsys, tmp_path, stores, run, content):
+    damaged = shutil.copytree(run, tmp_path / "run")
+    (damaged / "encoder.json").write_text(content)
+    for command in (
+        ("eval", "--store", stores / "val", "--checkpoint", damaged),
+        ("fit", "--store", stores / "train", "--val-store", stores / "val", "--out", damaged, "--resume", *FIT),
+    ):
+        assert f"{damaged / 'encoder.json'}: expected " in fail(capsys, *command)

@@ -4,7 +4,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +412,37 @@ def test_bad_pairs_are_refused_by_fit_whatever_holds_them():
 def test_bad_config(argument, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {argument} must .*got {value!r}"):
         TrainConfig(**{argument: value})
+
+
+@pytest.mark.parametrize("part", ["identity", "history", "model", "optimizer", "losses", "random"])
+def test_a_damaged_checkpoint_is_named(tmp_path, part):
+    run(tmp_path)
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    for damaged in ({key: value for key, value in state.items() if key != part}, {**state, part: "nothing"}):
+        torch.save(damaged, path)
+        with pytest.raises(ValueError, match=rf"fit: {path} must be a checkpoint of a run, its state can't be used: "):
+            run(tmp_path, resume=True)
+
+
+def limited_to(kilobytes, directory):
+    """Train in a process that may write no file beyond a size, as where the disk is full; what it raises."""
+    code = f"""
+import resource, sys, test_training
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2)
+try:
+    test_training.run(Path(sys.argv[1]))
+except OSError as error:
+    print(error.filename, error.strerror, sep=": ")
+"""
+    command = [sys.executable, "-c", code, directory]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parent)
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path):
+    ran = limited_to(8, tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == f"{tmp_path / 'run' / 'last.pt'}: File too large\n"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == []
