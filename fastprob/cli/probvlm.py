@@ -33,6 +33,7 @@ DATA = (
     "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
     ".txt files, of webdataset's .tar, CUB's, Flowers'; hf:NAME:SPLIT; digitscenes:train, :val, :test"
 )
+MAX_LOST = "largest share of captions that the tokenizer may cut off, and of unknown tokens (default: 0.1)"
 DATA_OPTIONS = {
     "image_key": "column of the images' paths (default: image, filepath, file_name or image_path)",
     "caption_key": "column of the captions (default: caption, title or text)",
@@ -62,6 +63,7 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
     of_data.add_argument("--workers", type=int, default=0, help="processes that load images")
     _add_options(of_data, DATA_OPTIONS)
     of_data.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
+    of_data.add_argument("--max-lost", type=float, default=0.1, help=MAX_LOST)
     of_data.add_argument("--skip-bad", action="store_true", help="leave out rows that can't be used and list them")
     _add_options(parser.add_argument_group("with --from-arrays"), ARRAY_OPTIONS)
 
@@ -72,7 +74,9 @@ def _add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> Non
 
 
 def embed(args: argparse.Namespace) -> None:
-    others = ARRAY_OPTIONS if args.data is not None else [*DATA_OPTIONS, "pretrained", "allow_outside", "skip_bad"]
+    others = (
+        ARRAY_OPTIONS if args.data is not None else [*DATA_OPTIONS, "model", "pretrained", "allow_outside", "skip_bad"]
+    )
     odd = ["--" + name.replace("_", "-") for name in others if getattr(args, name)]
     if odd:
         raise ValueError(f"{odd[0]} is not for --{'data' if args.data is not None else 'from-arrays'}")
@@ -87,7 +91,8 @@ def _embed_data(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in DATA_OPTIONS}
     dataset = open_dataset(args.data, skip_bad=args.skip_bad, allow_outside=args.allow_outside, **given)
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "overwrite": args.overwrite}
-    print(embed(dataset, load_encoder_of(args), args.out, **options))
+    store = embed(dataset, load_encoder_of(args), args.out, max_lost=args.max_lost, **options)
+    print(store, store.lost or "", sep="\n")
     skipped = getattr(dataset, "skipped", ())
     if skipped:
         what = f"{len(skipped)} bad rows, listed in {args.out / SKIPPED}"

@@ -97,6 +97,9 @@ class _Arrays:
             "captions": hashlib.sha256(json.dumps([self.captions, self.ids]).encode()).hexdigest(),
         }
 
+    def describe(self) -> dict[str, Any]:
+        return {}
+
     def shards(self, done: int) -> Iterator[Iterable[Block]]:
         images = self.source["images"]
         for start in range(done, images, _ROWS):

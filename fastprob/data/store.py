@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,8 @@ from tqdm import tqdm
 from fastprob._files import is_scratch, locked
 from fastprob.data import store_format as on_disk
 from fastprob.data.images import described
-from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, TEXT
+from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, LOST, TEXT
+from fastprob.encoders.tokens import Lost, lost
 
 
 class EmbeddingStore:
@@ -108,6 +110,11 @@ class EmbeddingStore:
         """The encoder of these embeddings: model, pretrained, dim and fingerprint."""
         return {key: self.metadata["source"][key] for key in ("model", "pretrained", "dim", "fingerprint")}
 
+    @property
+    def lost(self) -> Lost | None:
+        """What the encoder's tokenizer loses of the captions, or None where that is not known."""
+        return Lost(**self.metadata[LOST]) if LOST in self.metadata else None
+
     def verify(self) -> None:
         """Read every byte; raises ValueError naming the first file and shard whose checksum differs."""
         on_disk.verify(self.path, self.metadata)
@@ -121,29 +128,31 @@ def embed(
     batch_size: int = 256,
     shard_size: int = 4096,
     num_workers: int = 0,
+    max_lost: float = 0.1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> EmbeddingStore:
     """Encode `dataset` with `encoder` into a store at `path`, once; return the opened store.
 
     `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N], `ids` [N], the
-    images' names, `ambiguity() -> [M]`, how many of the images each caption fits, `digests() -> {name: str}` of what
-    may change under its name, captions and image files, and `skipped`, a dict for each row of it that was left out;
-    `encoder` is what `fastprob.encoders.load_encoder` returns. A complete store from the same source, by names and
-    digests, is returned as it is, but for an ambiguity that it lacks, a partial one is checked and resumed,
-    `overwrite` starts a store afresh. `shard_size` images are secured at a time; with equal `batch_size`,
-    `shard_size` and thread count, an interrupted run ends in the same bytes as an uninterrupted one.
+    images' names, `captions`, all of them, `ambiguity() -> [M]`, how many of the images each caption fits,
+    `digests() -> {name: str}` of what may change under its name, captions and image files, and `skipped`, a dict for
+    each row of it that was left out; `encoder` is what `fastprob.encoders.load_encoder` returns. A complete store from
+    the same source, by names and digests, is returned as it is, but for an ambiguity that it lacks, a partial one is
+    checked and resumed, `overwrite` starts a store afresh. `shard_size` images are secured at a time; with equal
+    `batch_size`, `shard_size` and thread count, an interrupted run ends in the same bytes as an uninterrupted one.
 
     Raises ValueError when `path` holds anything but a store, when the store there came from another data set or
-    encoder (naming the difference), is damaged, or is being written by another process, and when the encoder's
-    output is malformed; OSError (ENOSPC) when the disk is full or would become so, leaving a store that the same
-    call resumes.
+    encoder (naming the difference), is damaged, or is being written by another process, when the tokenizer cuts off
+    more than the share `max_lost` of the `captions` or does not know more than that of their tokens, and when the
+    encoder's output is malformed; OSError (ENOSPC) when the disk is full or would become so, leaving a store that the
+    same call resumes.
     """
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"embed: batch_size and shard_size must be >= 1, got {batch_size} and {shard_size}")
     if len(dataset) == 0:
         raise ValueError(f"embed: data set {dataset.name!r} is empty")
-    content = _Encoded(dataset, encoder, batch_size, shard_size, num_workers)
+    content = _Encoded(dataset, encoder, batch_size, shard_size, num_workers, max_lost)
     return write_store(path, content, overwrite=overwrite, progress=progress)
 
 
@@ -161,6 +170,9 @@ class Content(Protocol):
     """Rows of the source that were left out."""
     ambiguity: Callable[[], Any] | None
     """Returns how many of the images each caption fits, [M]."""
+
+    def describe(self) -> dict[str, Any]:
+        """What else a new store's metadata say. Raises ValueError where it should not be made."""
 
     def shards(self, done: int) -> Iterator[Iterable[Block]]:
         """What follows the first `done` images, in shards, each of which is secured."""
@@ -195,6 +207,8 @@ def _is_whole(path: Path, content: Content) -> bool:
 def _write(path: Path, metadata: dict[str, Any], content: Content, progress: bool) -> None:
     """Write what the store lacks."""
     if not metadata["complete"]:
+        if not metadata["shards"]:
+            metadata |= content.describe()
         _prepare(path, metadata, content.skipped)
         _check_space(path, content.bytes_left(metadata["images"]))
         done, total = metadata["images"], metadata["source"]["images"]
@@ -241,12 +255,24 @@ def sample_line(captions: list[str], label: int | None, id: str | None) -> bytes
 class _Encoded:
     """The `Content` that an encoder makes of a data set."""
 
-    def __init__(self, dataset: Any, encoder: Any, batch_size: int, shard_size: int, num_workers: int):
-        self.dataset, self.encoder = dataset, encoder
+    def __init__(self, dataset: Any, encoder: Any, batch_size: int, shard_size: int, num_workers: int, max_lost: float):
+        self.dataset, self.encoder, self.max_lost = dataset, encoder, max_lost
         self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
         self.source = _source(dataset, encoder)
         self.skipped = getattr(dataset, "skipped", ())
         self.ambiguity = getattr(dataset, "ambiguity", None)
+
+    def describe(self) -> dict[str, Any]:
+        """What the tokenizer loses of the captions."""
+        captions = getattr(self.dataset, "captions", None)  # M, or a list of every image's
+        if captions is None:
+            return {}
+        texts = [text for each in captions for text in ([each] if isinstance(each, str) else each)]
+        of_tokenizer = lost(self.encoder.tokenizer, texts)
+        if max(of_tokenizer.cut, of_tokenizer.unknown) > self.max_lost:
+            limit = f"expected at most {self.max_lost:.1%} (max_lost)"
+            raise ValueError(f"embed: {self.encoder.name} does not read these captions: {of_tokenizer}; {limit}")
+        return {LOST: asdict(of_tokenizer)}
 
     def shards(self, done: int) -> Iterator[Iterable[Block]]:
         """No batch crosses a shard."""

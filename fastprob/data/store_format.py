@@ -31,6 +31,7 @@ IMAGE, TEXT, CAPTIONS, METADATA = "image.npy", "text.npy", "captions.jsonl", "me
 DATA_FILES = (IMAGE, TEXT, CAPTIONS)  # written shard by shard
 SKIPPED = "skipped.jsonl"
 AMBIGUITY = "ambiguity.npy"  # written last; its name is its key in the metadata too
+LOST = "lost"  # key of the metadata: what the tokenizer loses of the captions, where that is known
 KEYS = ("format", "complete", "source", "images", "texts", "shards")
 
 
