@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import json
 import os
 import re
 import socket
@@ -78,9 +79,12 @@ def locked(who: str, directory: str | os.PathLike) -> Iterator[None]:
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Replace the safetensors file at `path` in one step."""
+    """Replace the safetensors file at `path` in one step. Equal contents are equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, to_safetensors(tensors, metadata))
+    data = to_safetensors(tensors, metadata)  # a length of 8 bytes, a header in JSON with the metadata in any order
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    write_atomically(path, data[:8] + header.encode().ljust(end - 8) + data[end:])
 
 
 def read_tensors(who: str, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -102,6 +102,22 @@ def test_ctrl_c_before_the_first_step_waits_for_it(tmp_path, monkeypatch):
     assert same(run(tmp_path, resume=True), run())
 
 
+def test_one_run_at_a_time_in_a_directory(tmp_path, monkeypatch):
+    """What the first run has written stays, and the second one says who that is."""
+    with monkeypatch.context() as patch:
+
+        def meet():
+            written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+            with pytest.raises(ValueError, match=f"fit: {tmp_path} is being written by process {os.getpid()} of "):
+                run(tmp_path, resume=False)
+            assert written == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        stop_after(patch, 3, meet)
+        result = run(tmp_path)
+    assert same(result, run())
+    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.pt"]
+
+
 def test_without_validation_the_epoch_of_least_training_loss_is_kept(tmp_path, monkeypatch):
     losses = iter([3.0] * 5 + [1.0] * 5 + [2.0] * 5)
     update, saved = training._Run.update, []
@@ -192,13 +208,15 @@ def test_an_epoch_draws_each_image_once_with_a_caption_of_its_own():
 @pytest.mark.parametrize("steps", [1, 5, 7, 14])
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(tmp_path, monkeypatch, steps):
     """A real SIGINT in the middle of a step: mid-epoch, and at the last step of an epoch."""
-    expected = run()
+    expected = run(tmp_path / "whole")
     stop_after(monkeypatch, steps, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == divmod(steps, 5)
     assert same(run(tmp_path, resume=True), expected)
+    for name in ("best.safetensors", "history.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_callers_handler_of_ctrl_c_is_put_back():
