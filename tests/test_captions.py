@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 import tarfile
 
 import numpy as np
@@ -254,6 +255,8 @@ def test_parquet_of_clip_retrieval(folder):
     assert "bad.parquet, row 0: expected a caption, got None" in message(spec)
     spec = parquet(folder / "bad.parquet", image_path=["photos/b.png"], caption=[7])
     assert "bad.parquet, row 0: expected a caption, got 7" in message(spec)
+    spec = parquet(folder / "bad.parquet", image=[{"bytes": png(RED), "path": "a.png"}], caption=["R"])
+    assert "expected paths in 'image', images in the table itself are for hf:, got struct<" in message(spec)
     assert "expected a column 'image' or" in message(parquet(folder / "bad.parquet", caption=["G"], url=["x"]))
     assert "bad.parquet: expected a parquet table, got: " in message(write(folder / "bad.parquet", "no table"))
 
@@ -274,7 +277,7 @@ def test_parquet_of_img2dataset(tmp_path):
 
 
 def test_without_pyarrow_parquet_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"a\.parquet: parquet needs pyarrow: pip install 'fastprob\[parquet\]'"):
         open_dataset(write(tmp_path / "a.parquet", "x"))
 
@@ -306,7 +309,7 @@ def test_hugging_face(tmp_path, monkeypatch):
 
 
 def test_without_datasets_hugging_face_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"hf:x:train needs datasets: pip install 'fastprob\[hf\]'"):
         open_dataset("hf:x:train")
 
@@ -332,6 +335,8 @@ BAD = {
                      "{file}, annotations[1]: expected a caption, got None"),
     "numeric caption": ("c.json", coco(annotations=[{"image_id": 1, "caption": 7}]),
                         "{file}, annotations[0]: expected a caption, got 7"),
+    "a long row": ("c.json", coco(images=["x" * 1000], annotations=[]),
+                   "{file}, images[0]: expected id and file_name, got '" + "x" * 468 + " ... ("),
     "blank caption": ("c.csv", rows("b.png, "), "{file}, line 3: expected a caption, got ' '"),
     "lone surrogate": ("c.json", coco(annotations=[{"image_id": 1, "caption": "\ud800"}]),
                        "{file}, annotations[0]: expected UTF-8, got '\\ud800'"),
@@ -465,6 +470,18 @@ def test_torn_image_is_named_with_its_row_when_it_is_read(photos, capsys, model)
         arguments = ["embed", "--data", spec, "--out", str(photos.parent / "store"), *model, "--workers", workers]
         assert cli.main(arguments) == 2
         assert f"{spec}, line 3: open_rgb: {torn}: image file is truncated" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_image_that_is_left_out_is_listed(photos):
+    """Also where one of its captions was bad before."""
+    spec = write(photos / "c.csv", rows("none.png,", "none.png,N", "b.png,"))
+    data = open_dataset(spec, skip_bad=True)
+    assert data.captions == [["A"]]
+    assert [(row["row"], row["reason"]) for row in data.skipped] == [
+        (f"{spec}, line 3", "expected a caption, got ''"),
+        (f"{spec}, line 5", "expected a caption, got ''"),
+        (f"{spec}, line 3", f"{photos}/none.png: No such file or directory"),
+    ]
 
 
 def test_nothing_is_left(photos):

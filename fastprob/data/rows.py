@@ -17,6 +17,9 @@ from fastprob.data.images import ImageSource, unreadable
 _CHECKED_AT_ONCE = 1024
 """Images whose checks wait for threads at a time."""
 
+_LONGEST = 500
+"""Characters of a reason, which may quote a row."""
+
 
 @dataclass
 class Sample:
@@ -44,6 +47,8 @@ class Rows:
         """{"row": where, "reason": why} of all bad rows."""
 
     def reject(self, where: str, reason: str) -> None:
+        if len(reason) > _LONGEST:
+            reason = reason[:_LONGEST] + " ..."
         self.skipped.append({"row": where, "reason": reason})
 
     def caption(self, where: str, text: Any) -> str | None:
@@ -81,7 +86,7 @@ class Rows:
         Without a `root`, images are in the file's folder or in a folder beside it.
         """
         root = root or beside(file, [name for _, name, _ in pairs])
-        samples: dict[Any, Sample | None] = {}
+        samples: dict[str, Sample] = {}
         for where, name, text in pairs:
             caption = self.caption(where, text)
             if not isinstance(name, str) or name not in samples:
@@ -100,22 +105,27 @@ class Rows:
         """
         self._raise()
         if self.captioned:
-            self._keep((each, None if each.captions else "expected a caption, got none") for each in self.samples)
-        self._keep(zip(self.samples, self._unreadable(progress)))
+            self._keep_captioned()
+        self._keep_readable(progress)
         self._raise()
         if not self.samples:
             raise ValueError("open_dataset: expected images with captions, found none" + self._first())
 
-    def _keep(self, judged: Iterable[tuple[Sample, str | None]]) -> None:
-        """Those without a reason against them; a row is rejected once."""
-        rejected = {row["row"] for row in self.skipped}
-        kept = []
-        for sample, reason in judged:
+    def _keep_captioned(self) -> None:
+        rejected = {row["row"] for row in self.skipped}  # an image whose only caption was bad has been named
+        for sample in self.samples:
+            if not sample.captions and sample.where not in rejected:
+                self.reject(sample.where, f"{sample.image}: expected a caption, got none")
+        self.samples = [sample for sample in self.samples if sample.captions]
+
+    def _keep_readable(self, progress: bool) -> None:
+        readable = []
+        for sample, reason in zip(self.samples, self._unreadable(progress)):
             if reason is None:
-                kept.append(sample)
-            elif sample.where not in rejected:
+                readable.append(sample)
+            else:
                 self.reject(sample.where, f"{sample.image}: {reason}")
-        self.samples = kept
+        self.samples = readable
 
     def _unreadable(self, progress: bool) -> Iterator[str | None]:
         check = partial(unreadable, decode=self.skip_bad)

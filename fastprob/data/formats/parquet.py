@@ -36,7 +36,12 @@ def read(
         if downloaded:
             images = _downloaded(file, header, root or file.parent)
         else:
-            images = read_column(file, pick_column(file, header, image_key, IMAGE_KEYS, "image_key"))
+            column = pick_column(file, header, image_key, IMAGE_KEYS, "image_key")
+            kind = _parquet(file).schema_arrow.field(column).type
+            if not str(kind).startswith(("string", "large_string", "dictionary")):
+                expected = f"paths in {column!r}, images in the table itself are for hf:"
+                raise ValueError(f"open_dataset: {file}: expected {expected}, got {kind}")
+            images = read_column(file, column)
         pairs = [
             (f"{file}, row {row}", image, text)
             for row, (image, texts) in enumerate(zip(images, captions))
