@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import sys
 import time
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import toy_clip
+from PIL import Image
 
 import fastprob.cli as cli
 from fastprob.adapters import ProbVLM, nll, predict
@@ -24,6 +27,7 @@ from fastprob.data import digitscenes
 from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import EmbeddingStore, embed
 from fastprob.encoders import load_encoder
+from fastprob.encoders.tokens import Lost
 from fastprob.evaluation.calibration import Calibration, Evaluation, calibrate, uncertainty_levels
 from fastprob.evaluation.retrieval import recall_at_k
 from fastprob.evaluation.statistics import spearman
@@ -356,6 +360,41 @@ def test_no_space(capsys, tmp_path, model, stores, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- other people's data
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A table of ten pictures with captions of twelve words, 15 tokens."""
+    captions = [f"this is a picture of number {i} and of nothing else here" for i in range(10)]
+    for i in range(10):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{caption}" for i, caption in enumerate(captions)]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    return tmp_path / "captions.csv"
+
+
+def test_own_pictures_need_a_model(capsys, pictures, model):
+    out = pictures.parent / "store"
+    error = fail(capsys, "embed", "--data", pictures, "--out", out)
+    assert f"--model is needed for {pictures}, as --model ViT-B-32 --pretrained laion2b_s34b_b79k" in error
+    for name, tag in re.findall(r"(ViT[^ ]+)(?: --pretrained| and) (\w+)", error):
+        assert (name, tag) in open_clip.list_pretrained()
+    succeed("embed", "--data", pictures, "--out", out, *model)
+    assert capsys.readouterr().out.endswith("\n0.0% of the captions are cut off, 0.0% of their tokens are unknown\n")
+
+
+def test_captions_that_a_tokenizer_cuts_off_are_refused(capsys, pictures):
+    out = pictures.parent / "store"
+    arguments = ("embed", "--data", pictures, "--out", out, "--model", "tiny")  # of digits, 14 tokens
+    error = fail(capsys, *arguments)
+    cut = "100.0% of the captions are cut off, 0.0% of their tokens are unknown"
+    assert f"tiny does not read these captions: {cut}; expected at most 10.0% (max_lost)" in error
+    assert "expected at most 99.0% (max_lost)" in fail(capsys, *arguments, "--max-lost", "0.99")
+    assert not (out / "metadata.json").exists()
+    succeed(*arguments, "--max-lost", "1")
+    assert capsys.readouterr().out.endswith(f"\n{cut}\n")
+    assert EmbeddingStore(out).lost == Lost(1.0, 0.0)
+    succeed(*arguments)  # whole: nothing to refuse
 
 
 def test_a_run_resumes_on_its_own_data_only(capsys, tmp_path, stores):

@@ -18,7 +18,7 @@ def register(directory: Path, name: str, dim: int = DIM) -> Path:
     config = {
         "embed_dim": dim,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
     file = directory / f"{name}.json"
     file.write_text(json.dumps(config))
