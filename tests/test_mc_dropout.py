@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import maker
+from conftest import leaves_of, maker
 
 import fastprob
 from fastprob._op import OPS
@@ -38,6 +38,32 @@ def test_moments_of_passes_one_by_one(products, served_by):
     torch.testing.assert_close(variance, y.var(0, correction=0), rtol=tolerance, atol=tolerance / 10)
     exact = fastprob.mc_dropout(hidden, constant, fold, last, passes=61, p=0.4, seed=3)[1]
     assert variance.equal(exact) == (products == "float32")
+
+
+def test_gradients_of_passes_one_by_one(served_by):
+    """More rows than one sum of weights' gradients takes; more passes than are kept, which take off or sum."""
+    leaves = leaves_of(OPS["mc_dropout"].inputs(maker(), 150, 30, 300, 35))
+    hidden, constant, fold, last = leaves
+    keep = kept(61, 30, p=0.45, seed=3, device="cpu")
+    dropped = keep.logical_not().sum(1)
+    assert (dropped > 15).any() and (dropped < 15).any()
+    y = torch.stack([torch.relu((hidden * k / 0.55) @ fold.T + constant) @ last.T for k in keep])
+    weights = torch.randn(2, 150, 35, dtype=torch.float64)
+    expected = torch.autograd.grad((y.mean(0), y.var(0, correction=0)), leaves, [*weights])
+    results = fastprob.mc_dropout(*leaves, passes=61, p=0.45, seed=3)
+    every = torch.autograd.grad(results, leaves, [*weights], retain_graph=True)
+    torch.testing.assert_close(every, expected)
+    for leaf, grad in zip(leaves, every):  # each one alone
+        assert torch.autograd.grad(results, leaf, [*weights], retain_graph=True)[0].equal(grad)
+
+
+def test_a_unit_that_every_pass_drops_has_no_gradient(served_by):
+    hidden, constant, fold, last = leaves_of(OPS["mc_dropout"].inputs(maker(torch.float32), 20, 30, 70, 35))
+    never = ~kept(3, 30, p=0.4, seed=0, device="cpu").any(0)
+    assert never.any()
+    results = fastprob.mc_dropout(hidden, constant, fold, last, passes=3, p=0.4)
+    of_hidden, of_fold = torch.autograd.grad(results, (hidden, fold), [torch.ones(20, 35)] * 2)
+    assert of_hidden[:, never].count_nonzero() == 0 and of_fold[:, never].count_nonzero() == 0
 
 
 def test_units_that_no_pass_has(served_by):
@@ -87,20 +113,26 @@ import pathlib, torch, fastprob
 # in KB; ru_maxrss would begin at what the parent process has
 peak = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 torch.set_num_threads(1)
-tensors = [torch.rand(shape) for shape in ((48, 32), (48, 512), (512, 32), (512, 512))]
+tensors = [torch.rand(shape, requires_grad={gradients}) for shape in ((48, 32), (48, 512), (512, 32), (512, 512))]
+
+def run(passes):
+    results = fastprob.mc_dropout(*tensors, passes=passes)
+    if {gradients}:
+        torch.autograd.grad(results, tensors, [torch.ones(48, 512)] * 2)
+
 with fastprob.backend({backend!r}):
-    fastprob.mc_dropout(*tensors, passes=10)
+    run(50)
     before = peak()
-    fastprob.mc_dropout(*tensors, passes=1000)
+    run(1000)
     print(peak() - before)
 """
 
 
-def test_memory_does_not_grow_with_passes(served_by):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_memory_does_not_grow_with_passes(served_by, gradients):
     """All outputs of 1000 passes would be 98 MB."""
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK.format(backend=served_by)], capture_output=True, text=True, check=True
-    )
+    script = PEAK.format(backend=served_by, gradients=gradients)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 8_000  # KB
 
 

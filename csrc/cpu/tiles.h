@@ -2,6 +2,8 @@
 // order, so results are the same bits on any number of threads.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 
 namespace fastprob {
@@ -41,28 +43,101 @@ struct Packed {
   int64_t in_b(int64_t k) const { return list[k]; }
 };
 
-// c += a b for some rows of c (ldc apart) and kColumns columns; b is [.., kColumns], its rows side by side.
-template <int rows = kRows, typename T, typename Terms = Every>
-inline void add_product(Left<T> a, const T* b, int64_t depth, T* c, int64_t ldc, Terms terms = {}) {
-  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+template <typename T>
+using Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias)) = T;
+
+// c += a b for kColumns columns of some rows, which lie anywhere: row i's k-th term is a[i][k * column]. b is
+// [.., kColumns], its rows side by side.
+template <size_t rows, typename T, typename Terms = Every>
+inline void add_product(
+    const std::array<const T*, rows>& a,
+    int64_t column,
+    const T* b,
+    int64_t depth,
+    const std::array<T*, rows>& c,
+    Terms terms = {}) {
   constexpr int width = kVectorBytes / sizeof(T);
-  Vector sums[rows][2];
+  Vector<T> sums[rows][2];
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < 2; ++j) sums[i][j] = *reinterpret_cast<const Vector*>(c + i * ldc + j * width);
+  for (size_t i = 0; i < rows; ++i)
+    for (int j = 0; j < 2; ++j) sums[i][j] = *reinterpret_cast<const Vector<T>*>(c[i] + j * width);
   for (int64_t k = 0; k < depth; ++k) {
     const T* row = b + terms.in_b(k) * kColumns<T>;
-    const Vector first = *reinterpret_cast<const Vector*>(row), second = *reinterpret_cast<const Vector*>(row + width);
+    const auto first = *reinterpret_cast<const Vector<T>*>(row);
+    const auto second = *reinterpret_cast<const Vector<T>*>(row + width);
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const T x = a.data[i * a.row + terms.in_a(k) * a.column];
+    for (size_t i = 0; i < rows; ++i) {
+      const T x = a[i][terms.in_a(k) * column];
       sums[i][0] += x * first;
       sums[i][1] += x * second;
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < 2; ++j) *reinterpret_cast<Vector*>(c + i * ldc + j * width) = sums[i][j];
+  for (size_t i = 0; i < rows; ++i)
+    for (int j = 0; j < 2; ++j) *reinterpret_cast<Vector<T>*>(c[i] + j * width) = sums[i][j];
+}
+
+// The same for rows of a matrix, and of c those ldc apart. Not inlined, as those below: all registers are its own.
+template <size_t rows = kRows, typename T, typename Terms = Every>
+[[gnu::noinline]] void add_product(Left<T> a, const T* b, int64_t depth, T* c, int64_t ldc, Terms terms = {}) {
+  std::array<const T*, rows> from;
+  std::array<T*, rows> to;
+  for (size_t i = 0; i < rows; ++i) {
+    from[i] = a.data + i * a.row;
+    to[i] = c + i * ldc;
+  }
+  add_product(from, a.column, b, depth, to, terms);
+}
+
+// The same for rows that a list names, a Chosen or Packed: b's places are c's here.
+template <typename T, typename List>
+[[gnu::noinline]] void add_to_rows(Left<T> a, const T* b, int64_t depth, T* c, int64_t count, List list) {
+  T unused[kColumns<T>] = {};
+  for (int64_t n = 0; n < count; n += kRows) {
+    std::array<const T*, kRows> from;
+    std::array<T*, kRows> to;
+    for (int i = 0; i < kRows; ++i) {
+      from[i] = a.data + list.in_a(std::min(n + i, count - 1)) * a.row;
+      to[i] = n + i < count ? c + list.in_b(n + i) * kColumns<T> : unused;
+    }
+    add_product(from, a.column, b, depth, to);
+  }
+}
+
+// The dot products of some rows with others, which lie anywhere: a's panels of kColumns terms so far apart, b's side by
+// side.
+template <size_t rows, size_t others, typename T>
+[[gnu::noinline]] void dots(
+    std::array<const T*, rows> a,
+    int64_t a_panel,
+    std::array<const T*, others> b,
+    int64_t panels,
+    T (&out)[rows][others]) {
+  constexpr int width = kVectorBytes / sizeof(T);
+  Vector<T> sums[rows][others] = {};
+  for (int64_t p = 0; p < panels; ++p)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vector<T> of_b[others];
+#pragma GCC unroll 8
+      for (size_t j = 0; j < others; ++j)
+        of_b[j] = *reinterpret_cast<const Vector<T>*>(b[j] + p * kColumns<T> + half * width);
+#pragma GCC unroll 8
+      for (size_t i = 0; i < rows; ++i) {
+        const auto of_a = *reinterpret_cast<const Vector<T>*>(a[i] + p * a_panel + half * width);
+#pragma GCC unroll 8
+        for (size_t j = 0; j < others; ++j) sums[i][j] += of_a * of_b[j];
+        asm volatile("" ::: "memory");  // or else GCC loads all rows first, into more registers than there are
+      }
+    }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (size_t j = 0; j < others; ++j) {
+      T sum = 0;
+      for (int lane = 0; lane < width; ++lane) sum += sums[i][j][lane];
+      out[i][j] = sum;
+    }
 }
 
 // c += a b, [rows, columns] by panels of kColumns columns: panel p of b is [depth, kColumns] at b + p * panel.

@@ -42,8 +42,10 @@ def _check(*, hidden, constant, fold, last, passes, p, products, **_):
 
 
 def _inputs(make, rows, width, units, dim):
-    span = {"low": -1, "high": 1, "extreme": (1e-3, 1e3)}
-    return make(rows, width, **span), make(rows, units, **span), make(units, width, **span), make(dim, units, **span)
+    extreme = (1e-3, 1e3)
+    span, of_weights = {"low": -1, "high": 1, "extreme": extreme}, {"low": -0.5, "high": 0.5, "extreme": extreme}
+    rows_of = make(rows, width, **span), make(rows, units, **span)
+    return *rows_of, make(units, width, **of_weights), make(dim, units, **of_weights)
 
 
 def _passes(hidden: Tensor, constant: Tensor, fold: Tensor, keep: Tensor, p: float) -> Iterator[tuple[Tensor, ...]]:
@@ -64,13 +66,17 @@ def _gradient(grad_mean, grad_variance, hidden, constant, fold, last, *, passes,
     grad_mean, grad_variance, hidden, constant, fold, last = wide(
         grad_mean, grad_variance, hidden, constant, fold, last
     )
+    hidden = torch.where(hidden.isfinite().all(dim=1, keepdim=True), hidden, torch.nan)
     keep = kept(passes, hidden.shape[1], p=p, seed=seed, device=hidden.device)
     mean = reduce(torch.add, (u for _, _, u in _passes(hidden, constant, fold, keep, p))) / passes
-    grads = [torch.zeros_like(t) for t in (hidden, constant, fold, last)]
+    grads = [*(torch.zeros_like(t) for t in (hidden, constant, fold)), grad_mean.T @ mean]
     for mask, dropped, u in _passes(hidden, constant, fold, keep, p):
-        grad = (grad_mean + 2 * grad_variance * ((u - mean) @ last.T)) / passes  # of y_m
+        deviation = u - mean
+        grad = (
+            grad_mean + 2 * grad_variance * (deviation @ last.T)
+        ) / passes  # of y_m; over passes the sum of grad_mean
         below = (grad @ last) * (u > 0)
-        of_pass = torch.where(mask, below @ fold, 0) / (1 - p), below, below.T @ dropped, grad.T @ u
+        of_pass = torch.where(mask, below @ fold, 0) / (1 - p), below, below.T @ dropped, grad.T @ deviation
         grads = [total + g for total, g in zip(grads, of_pass)]
     return tuple(grads)
 
