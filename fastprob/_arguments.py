@@ -19,6 +19,14 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def as_tensor(name: str, value: object) -> Tensor:
+    """A tensor, or what numpy or torch makes one of. Raises ValueError, as `name`, for anything else."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a tensor or an array, got {type(value).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a tensor is: of a dtype of its own (None: one of `DTYPES`), and differentiable or not."""

@@ -5,12 +5,13 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from torch.nn.functional import cosine_similarity
 
-from fastprob.adapters import PairedEmbeddings, report
+from fastprob.adapters import PairedEmbeddings, ProbVLM, predict, report
 from fastprob.evaluation import figures, retrieval
 from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
 from fastprob.evaluation.retrieval import match_rank, recall_at_k
@@ -99,6 +100,38 @@ def test_a_tie_with_the_best_match_counts_against_it():
     both = torch.tensor([[True, True, False, False]])
     assert match_rank(torch.tensor([[1.0, 0]]), gallery, both).tolist() == [1]
     assert match_rank(torch.tensor([[1.0, 0]]), gallery, torch.ones(1, 4, dtype=torch.bool)).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.Tensor.tolist])
+def test_arrays_and_lists_are_taken_for_tensors(kind):
+    generator = torch.Generator().manual_seed(4)
+    image, text = torch.rand(9, 3, generator=generator), torch.rand(18, 3, generator=generator)
+    owner, doubt = torch.arange(18) % 9, torch.rand(27, generator=generator)
+    data, taken = PairedEmbeddings(image, text, owner), PairedEmbeddings(*map(kind, (image, text, owner)))
+    assert taken.image.equal(image) and taken.caption_image.equal(owner)
+    for match in (None, torch.arange(9)[:, None] == owner, (torch.arange(9), owner)):
+        given = tuple(map(kind, match)) if isinstance(match, tuple) else match if match is None else kind(match)
+        expected = evaluate(data, doubt[:9], doubt[9:], match=match, levels=3)
+        got = evaluate(taken, kind(doubt[:9]), kind(doubt[9:]), match=given, levels=3)
+        assert str(got) == str(expected)  # NaN and all
+    assert spearman(kind(doubt), kind(doubt)) == pytest.approx(1)
+
+
+def test_what_is_no_array_is_named():
+    rows, ids = torch.rand(4, 3), torch.arange(4)
+    expected = "must be a tensor or an array, got str: "
+    with pytest.raises(ValueError, match=f"PairedEmbeddings: text {expected}"):
+        PairedEmbeddings(rows, "rows", ids)
+    with pytest.raises(ValueError, match=f"match_rank: gallery {expected}"):
+        match_rank(rows, "rows", (ids, ids))
+    with pytest.raises(ValueError, match=f"match_rank: ids {expected}"):
+        match_rank(rows, rows, (ids, "rows"))
+    with pytest.raises(ValueError, match="match_rank: match must be a tensor or an array, got list: "):
+        match_rank(rows, rows, [[1], [1, 2]])
+    with pytest.raises(ValueError, match=f"calibrate: uncertainty {expected}"):
+        calibrate(rows, rows, "rows", (ids, ids), levels=2)
+    with pytest.raises(ValueError, match=f"predict: x {expected}"):
+        predict(ProbVLM(3, hidden=4).image, "rows")
 
 
 RANKS = """

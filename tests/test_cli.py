@@ -383,6 +383,22 @@ def test_own_pictures_need_a_model(capsys, pictures, model):
     assert capsys.readouterr().out.endswith("\n0.0% of the captions are cut off, 0.0% of their tokens are unknown\n")
 
 
+def test_limit_and_shard_size(capsys, tmp_path, pictures, model, stores):
+    """The first images, as the whole store has them, and shards of so many."""
+    arguments = ("--out", tmp_path / "store", *model, "--limit", "25", "--shard-size", "10")
+    succeed("embed", "--data", SCENES["val"], *arguments)
+    store, whole = EmbeddingStore(tmp_path / "store"), EmbeddingStore(stores / "val")
+    assert [shard["image.npy"]["rows"] for shard in store.metadata["shards"]] == [10, 10, 5]
+    assert store.captions == whole.captions[:125] and store.image.allclose(whole.image[:25], atol=1e-6)
+    arguments = ("embed", "--data", pictures, *model, "--limit")
+    succeed(*arguments, "4", "--out", tmp_path / "four")
+    assert EmbeddingStore(tmp_path / "four").captions[3:] == ["this is a picture of number 3 and of nothing else here"]
+    for limit, count in (("10", 10), ("11", 10)):
+        succeed(*arguments, limit, "--out", tmp_path / limit)
+        assert len(EmbeddingStore(tmp_path / limit).image) == count
+    assert "limit must be at least 1, got 0" in fail(capsys, *arguments, "0", "--out", tmp_path / "none")
+
+
 def test_captions_that_a_tokenizer_cuts_off_are_refused(capsys, pictures):
     out = pictures.parent / "store"
     arguments = ("embed", "--data", pictures, "--out", out, "--model", "tiny")  # of digits, 14 tokens

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastprob
+from fastprob._arguments import as_tensor
 from fastprob.adapters.adapter import EPS, GGDAdapter
 
 
@@ -55,6 +56,7 @@ def predict(adapter: GGDAdapter, x: Tensor, *, passes: int = 0, seed: int = 0, b
     Raises:
         ValueError: an argument out of its range or of the wrong shape.
     """
+    x = as_tensor("predict: x", x)
     if x.dim() != 2 or x.shape[1] != adapter.dim or not x.is_floating_point():
         raise ValueError(f"predict: x must be floating-point [N, {adapter.dim}], got {tuple(x.shape)} {x.dtype}")
     if passes != 0 and passes < 2:

@@ -60,6 +60,8 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
     of_data = parser.add_argument_group("with --data")
     add_encoder(of_data)
     of_data.add_argument("--batch-size", type=int, default=256)
+    of_data.add_argument("--shard-size", type=int, default=4096, help="images secured at a time (default: 4096)")
+    of_data.add_argument("--limit", type=int, help="only the first images, so many of them")
     of_data.add_argument("--workers", type=int, default=0, help="processes that load images")
     _add_options(of_data, DATA_OPTIONS)
     of_data.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
@@ -74,9 +76,8 @@ def _add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> Non
 
 
 def embed(args: argparse.Namespace) -> None:
-    others = (
-        ARRAY_OPTIONS if args.data is not None else [*DATA_OPTIONS, "model", "pretrained", "allow_outside", "skip_bad"]
-    )
+    of_data = [*DATA_OPTIONS, "model", "pretrained", "limit", "allow_outside", "skip_bad"]
+    others = ARRAY_OPTIONS if args.data is not None else of_data
     odd = ["--" + name.replace("_", "-") for name in others if getattr(args, name)]
     if odd:
         raise ValueError(f"{odd[0]} is not for --{'data' if args.data is not None else 'from-arrays'}")
@@ -89,9 +90,10 @@ def _embed_data(args: argparse.Namespace) -> None:
     from fastprob.data.store_format import SKIPPED
 
     given = {name: getattr(args, name) for name in DATA_OPTIONS}
-    dataset = open_dataset(args.data, skip_bad=args.skip_bad, allow_outside=args.allow_outside, **given)
-    options = {"batch_size": args.batch_size, "num_workers": args.workers, "overwrite": args.overwrite}
-    store = embed(dataset, load_encoder_of(args), args.out, max_lost=args.max_lost, **options)
+    given |= {"limit": args.limit, "skip_bad": args.skip_bad, "allow_outside": args.allow_outside}
+    dataset = open_dataset(args.data, **given)
+    options = {name: getattr(args, name) for name in ("batch_size", "shard_size", "max_lost", "overwrite")}
+    store = embed(dataset, load_encoder_of(args), args.out, num_workers=args.workers, **options)
     print(store, store.lost or "", sep="\n")
     skipped = getattr(dataset, "skipped", ())
     if skipped:

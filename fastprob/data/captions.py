@@ -83,10 +83,17 @@ class ImageCaptions(Dataset):
 
 
 def open_dataset(
-    spec: str, *, skip_bad: bool = False, allow_outside: bool = False, progress: bool = True, **options: str | None
+    spec: str,
+    *,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    allow_outside: bool = False,
+    progress: bool = True,
+    **options: str | None,
 ) -> DigitScenes | ImageCaptions:
     """The data set that `spec` describes (the module's docstring has the forms).
 
+    limit: only the first images, so many of them.
     skip_bad: leave out rows that can't be used, and list them as `skipped`. Every image is decoded for that; without
     it, only opened, and a file that is torn further on is found when it is read.
     allow_outside: take images whose path leaves the directory of the images.
@@ -98,9 +105,13 @@ def open_dataset(
     one. ImportError without the package that a format needs.
     """
     options = {name: value for name, value in options.items() if value is not None}
+    if limit is not None and limit < 1:
+        raise ValueError(f"open_dataset: limit must be at least 1, got {limit}")
     if spec.split(":")[0] == "digitscenes":
         _check_options(spec, DigitScenes, options)
-        return DigitScenes(spec.partition(":")[2] or "train")
+        split = spec.partition(":")[2] or "train"
+        scenes = DigitScenes(split)
+        return scenes if limit is None or limit >= len(scenes) else DigitScenes(split, num_scenes=limit)
     rows = Rows(skip_bad=skip_bad, allow_outside=allow_outside)
     if spec.startswith(huggingface.PREFIX):
         _check_options(spec, huggingface.read, options)
@@ -109,6 +120,7 @@ def open_dataset(
         read, path, root = _reader(spec)
         _check_options(spec, read, options)
         name = read(rows, path, root, **options)
+    rows.samples = rows.samples[:limit]
     rows.check(progress=progress)
     samples = rows.samples
     labels = None if samples[0].label is None else [sample.label for sample in samples]

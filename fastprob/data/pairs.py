@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastprob._arguments import as_tensor
 from fastprob.training import seed_of, share
 
 _ROWS_AT_ONCE = 65536
@@ -25,7 +26,7 @@ class Paired(Protocol):
 
 @dataclass(frozen=True)
 class PairedEmbeddings:
-    """Frozen embeddings of N images and of their M captions.
+    """Frozen embeddings of N images and of their M captions, tensors or arrays of numpy.
 
     Args:
         image: [N, D], floating point.
@@ -41,6 +42,9 @@ class PairedEmbeddings:
     caption_image: Tensor
 
     def __post_init__(self):
+        for field in fields(self):
+            value = as_tensor(f"PairedEmbeddings: {field.name}", getattr(self, field.name))
+            object.__setattr__(self, field.name, value)  # frozen
         check_paired("PairedEmbeddings", self)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprob._arguments import as_tensor
 from fastprob.data.pairs import Paired, check_paired
 from fastprob.evaluation.retrieval import Match, match_rank
 from fastprob.evaluation.statistics import pearson, spearman
@@ -97,7 +98,7 @@ def evaluate(
     check_paired("evaluate", data)
     if match is None:
         match = torch.arange(len(data.image)), data.caption_image
-    reverse = match.T if isinstance(match, Tensor) else (match[1], match[0])
+    reverse = (match[1], match[0]) if isinstance(match, tuple) else as_tensor("evaluate: match", match).T
     return Evaluation(
         calibrate(data.image, data.text, image_uncertainty, match, levels=levels),
         calibrate(data.text, data.image, text_uncertainty, reverse, levels=levels),
@@ -155,6 +156,7 @@ def mean_uncertainty(uncertainty: Tensor) -> Tensor:
 
 def _of_queries(uncertainty: Tensor, queries: int) -> Tensor:
     """Check the uncertainty of the queries: [Q] or [Q, D] -> [Q] float64 on the CPU."""
+    uncertainty = as_tensor("calibrate: uncertainty", uncertainty)
     if uncertainty.dim() not in (1, 2) or len(uncertainty) != queries:
         got = tuple(uncertainty.shape)
         raise ValueError(f"calibrate: uncertainty must be [{queries}] or [{queries}, D], got {got}")

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastprob._arguments import as_tensor
+
 Match = Tensor | tuple[Tensor, Tensor]
 """Ground truth: bool [Q, G], or ids of queries [Q] and of gallery items [G], which match where they are equal."""
 
@@ -34,6 +36,11 @@ def match_rank(query: Tensor, gallery: Tensor, match: Match) -> Tensor:
     and errors as in `calibrate`. Works through blocks of queries and gallery, which may be memory-mapped; what it
     holds depends on D alone.
     """
+    query, gallery = as_tensor("match_rank: query", query), as_tensor("match_rank: gallery", gallery)
+    if isinstance(match, tuple):
+        match = tuple(as_tensor("match_rank: ids", ids) for ids in match)
+    else:
+        match = as_tensor("match_rank: match", match)
     _check_retrieval(query, gallery, match)
     ranks = torch.empty(len(query), dtype=torch.int64)
     width = len(gallery) if len(gallery) <= _WIDEST else _BLOCK

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from fastprob._arguments import as_tensor
+
 
 def mean_std(values: Iterable[float]) -> tuple[float, float]:
     """Mean and sample standard deviation of one value or more; the deviation of a single one is 0."""
@@ -18,6 +20,7 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
     Raises ValueError unless both are [n] with n >= 2 and free of NaN.
     """
+    x, y = as_tensor("spearman: x", x), as_tensor("spearman: y", y)
     if x.dim() != 1 or x.shape != y.shape or len(x) < 2:
         raise ValueError(f"spearman: x and y must both be [n >= 2], got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.isnan().any() or y.isnan().any():
