@@ -40,17 +40,18 @@ def test_moments_of_passes_one_by_one(products, served_by):
     assert variance.equal(exact) == (products == "float32")
 
 
-def test_gradients_of_passes_one_by_one(served_by):
-    """More rows than one sum of weights' gradients takes; more passes than are kept, which take off or sum."""
+@pytest.mark.parametrize("passes", [8, 61])
+def test_gradients_of_passes_one_by_one(passes, served_by):
+    """More rows than one sum of weights' gradients takes; whole tiles of passes, and more than are kept."""
     leaves = leaves_of(OPS["mc_dropout"].inputs(maker(), 150, 30, 300, 35))
     hidden, constant, fold, last = leaves
-    keep = kept(61, 30, p=0.45, seed=3, device="cpu")
+    keep = kept(passes, 30, p=0.45, seed=3, device="cpu")
     dropped = keep.logical_not().sum(1)
     assert (dropped > 15).any() and (dropped < 15).any()
     y = torch.stack([torch.relu((hidden * k / 0.55) @ fold.T + constant) @ last.T for k in keep])
     weights = torch.randn(2, 150, 35, dtype=torch.float64)
     expected = torch.autograd.grad((y.mean(0), y.var(0, correction=0)), leaves, [*weights])
-    results = fastprob.mc_dropout(*leaves, passes=61, p=0.45, seed=3)
+    results = fastprob.mc_dropout(*leaves, passes=passes, p=0.45, seed=3)
     every = torch.autograd.grad(results, leaves, [*weights], retain_graph=True)
     torch.testing.assert_close(every, expected)
     for leaf, grad in zip(leaves, every):  # each one alone
