@@ -1,4 +1,4 @@
-# make demo | demo-prompts | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan |
+# make demo | demo-prompts | real | real-study | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan |
 # wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts test test-newest lint fmt bench emulate emulate-some emulated instructions asan wheel clean \
+.PHONY: demo demo-prompts real real-study test test-newest lint fmt bench emulate emulate-some emulated instructions asan wheel clean \
 	gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
@@ -17,6 +17,24 @@ demo: $(INSTALLED)
 
 demo-prompts: $(INSTALLED)
 	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
+
+# Real pictures: towers over openclipart once (cached), adapters by cross weight and loss, and their report; needs a
+# network the first time. real is a seed of every setting, real-study all seeds and what decides the sign.
+REAL_OUT ?= real-out
+REAL := OMP_NUM_THREADS=$$(nproc) $(PYTHON) -m bench.real
+
+real: $(VENV)/.installed-real
+	$(REAL).fetch
+	$(REAL).study --first 12
+	$(REAL).report --out $(REAL_OUT)
+
+real-study: $(VENV)/.installed-real
+	$(REAL).study
+	$(REAL).report --out bench/results/real
+
+$(VENV)/.installed-real: $(INSTALLED)
+	$(PYTHON) -m pip install -q -c constraints.txt transformers
+	touch $@
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"

@@ -1,0 +1,171 @@
+"""What is measured of the study's runs: calibration by both rules, what uncertainty goes with, and the baselines."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastprob
+from fastprob.evaluation.statistics import mean_std, spearman
+
+from .measures import RULES, Judge, gain_interval, level_spearman, partial_spearman
+from .parts import SETS
+from .study import Setting, runs_directory, settings
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The adapters of one setting, a seed each."""
+
+    setting: Setting
+    runs: list[dict]
+    judge: Judge
+
+    @cached_property
+    def distinct(self) -> list[Tensor]:
+        """[U] uncertainty of each distinct caption of the test part, seed by seed."""
+        return [torch.tensor(run["text"]["test"], dtype=torch.float64) for run in self.runs]
+
+    @cached_property
+    def scores(self) -> dict[str, list[Tensor]]:
+        """Direction -> [Q] uncertainty of each query, seed by seed."""
+        image = [torch.tensor(run["image"]["test"], dtype=torch.float64) for run in self.runs]
+        return {"text -> image": [score[self.judge.test.which] for score in self.distinct], "image -> text": image}
+
+
+def load_runs(cache: Path, judges: dict[str, Judge]) -> dict[tuple, Runs]:
+    """(data set, form, cross weight, way, epochs) -> its runs; of settings without a run, none."""
+    found: dict[tuple, Runs] = {}
+    for setting in settings():
+        file = runs_directory(cache) / f"{setting.name}.json"
+        if file.exists():
+            key = setting.dataset, setting.form, setting.cross_weight, setting.way, setting.epochs
+            runs = found.setdefault(key, Runs(setting, [], judges[setting.dataset]))
+            runs.runs.append(json.loads(file.read_text(encoding="utf-8")))
+    return found
+
+
+def calibration(scores: dict[str, list[Tensor]], judge: Judge) -> dict[str, dict]:
+    """Direction and rule -> the gain with its interval, and S of every seed."""
+    result = {}
+    for (direction, rule), wrong in judge.wrong.items():
+        if direction in scores:
+            mean, low, high = gain_interval(scores[direction], wrong, judge.draws[direction])
+            levels = [level_spearman(score, wrong) for score in scores[direction]]
+            result[f"{direction}, {rule}"] = {"gain": mean, "low": low, "high": high, "S": levels}
+    return result
+
+
+def causes(runs: Runs) -> dict[str, float]:
+    """What the captions' uncertainty goes with: rank correlations over distinct captions, mean of the seeds."""
+    judge = runs.judge
+    ambiguity = judge.ambiguity["text -> image"][judge.test.distinct]
+    seen, distance = judge.frequency, judge.distance
+    kept = seen > 0
+    measures = {
+        "ambiguity": lambda u: spearman(u, ambiguity),
+        "ambiguity, repeats counted": lambda u: spearman(u[judge.test.which], judge.ambiguity["text -> image"]),
+        "ambiguity, of those seen in training": lambda u: spearman(u[kept], ambiguity[kept]),
+        "frequency": lambda u: spearman(u, seen),
+        "distance": lambda u: spearman(u, distance),
+        "frequency given distance": lambda u: partial_spearman(u, seen, distance),
+        "distance given frequency": lambda u: partial_spearman(u, distance, seen),
+    }
+    result = {name: mean_std(measure(score) for score in runs.distinct)[0] for name, measure in measures.items()}
+    train = judge.train
+    known = train.ambiguity[train.distinct]
+    learnt = (torch.tensor(run["text"]["train"], dtype=torch.float64) for run in runs.runs)
+    result["ambiguity, of the training captions"] = mean_std(spearman(score, known) for score in learnt)[0]
+    return result
+
+
+def conditioned(runs: Runs) -> dict[str, dict[str, float]]:
+    """Direction and rule -> Spearman of uncertainty with being right: plain, and with the ambiguity held fixed."""
+    result = {}
+    for (direction, rule), wrong in runs.judge.wrong.items():
+        right, given = 1 - wrong, runs.judge.ambiguity[direction]
+        plain = mean_std(spearman(score, right) for score in runs.scores[direction])[0]
+        fixed = mean_std(partial_spearman(score, right, given) for score in runs.scores[direction])[0]
+        result[f"{direction}, {rule}"] = {"plain": plain, "ambiguity held fixed": fixed}
+    return result
+
+
+def by_kind(runs: Runs) -> list[dict[str, float]]:
+    """Of captions of each kind: how many are right, and Spearman of their uncertainty with being right."""
+    test, rows = runs.judge.test, []
+    for kind in test.kind.unique().tolist():
+        members = test.kind == kind
+        row: dict[str, float] = {"kind": kind, "median ambiguity": float(test.ambiguity[members].median())}
+        for rule in RULES:
+            right = 1 - runs.judge.wrong["text -> image", rule][members]
+            row[f"right, {rule}"] = float(right.mean())
+            scores = [score[members] for score in runs.scores["text -> image"]]
+            row[f"Spearman, {rule}"] = mean_std(spearman(score, right) for score in scores)[0]
+        rows.append(row)
+    return rows
+
+
+def about_data(judge: Judge) -> dict[str, float]:
+    """Sizes, recall, and what ambiguity goes with in the frozen embeddings."""
+    test, distinct = judge.test, judge.test.distinct
+    ambiguity = judge.ambiguity["text -> image"]
+    own = judge.distance[test.which]
+    recall = {f"recall@1, {way}, {rule}": float(1 - wrong.mean()) for (way, rule), wrong in judge.wrong.items()}
+    return {
+        "pictures": len(test.data.image),
+        "captions": len(test.captions),
+        "distinct captions": len(distinct),
+        "of these seen in training": float((judge.frequency > 0).double().mean()),
+        **recall,
+        "Spearman of ambiguity and distance, captions": spearman(ambiguity, own),
+        "Spearman of ambiguity and distance, distinct captions": spearman(ambiguity[distinct], judge.distance),
+        "Spearman of ambiguity and frequency, distinct captions": spearman(ambiguity[distinct], judge.frequency),
+    }
+
+
+def measure(cache: Path) -> tuple[dict, dict[tuple, Runs]]:
+    """All results, as JSON types, and the runs."""
+    judges = {}
+    for name, make in SETS.items():
+        parts = make(cache)
+        judges[name] = Judge(parts["test"], parts["train"])
+    runs = load_runs(cache, judges)
+    found = [
+        {
+            "dataset": key[0], "form": key[1], "cross_weight": key[2], "way": key[3], "epochs": key[4],
+            "seeds": len(each.runs), "calibration": calibration(each.scores, each.judge), "causes": causes(each),
+            "conditioned": conditioned(each), "kinds": by_kind(each),
+            "loss": [run["train_loss"] for run in each.runs],
+        }
+        for key, each in tqdm(runs.items(), "measuring", unit="setting")
+    ]  # fmt: skip
+    baselines = {
+        name: {score: calibration(by_way, judge) for score, by_way in judge.baselines().items()}
+        for name, judge in judges.items()
+    }
+    machine = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+    results = {
+        "fastprob": fastprob.__version__, "torch": torch.__version__, "machine": machine,
+        "missing": [each.name for each in settings() if not (runs_directory(cache) / f"{each.name}.json").exists()],
+        "data": {name: about_data(judge) for name, judge in judges.items()},
+        "baselines": baselines,
+        "settings": found,
+    }  # fmt: skip
+    return results, runs
+
+
+def settings_of(results: dict, dataset: str, way: str, epochs: int, form: str | None = None) -> list[dict]:
+    """What was measured of a data set, way and number of epochs, by cross weight."""
+    chosen = [
+        one
+        for one in results["settings"]
+        if (one["dataset"], one["way"], one["epochs"]) == (dataset, way, epochs) and form in (None, one["form"])
+    ]
+    return sorted(chosen, key=lambda one: one["cross_weight"])
