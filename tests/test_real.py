@@ -211,7 +211,7 @@ def test_a_part_is_read_as_it_was_saved(part, tmp_path):
 
 
 def test_balanced_data_has_every_distinct_caption_once(part):
-    data = study.WAYS["balanced"](part, 0)
+    data = study.training_data(part, "balanced")
     assert torch.equal(data.image, part.data.text[[0, 1, 5]])
     assert data.caption_image.tolist() == [0, 1, 1, 0, 1, 2]
     assert torch.equal(data.text, part.data.image[part.data.caption_image])
@@ -220,15 +220,7 @@ def test_balanced_data_has_every_distinct_caption_once(part):
 @pytest.mark.parametrize("way, captions", [("specific", [0, 3, 5]), ("general", [1, 2, 4])])
 def test_pictures_move_towards_one_of_their_captions(part, way, captions):
     expected = torch.nn.functional.normalize(part.data.image + part.data.text[captions], dim=1)
-    assert torch.equal(study.WAYS[way](part, 0).image, expected)
-
-
-def test_few_pictures_keep_their_captions(part, monkeypatch):
-    monkeypatch.setattr(study, "FEW", 2)
-    data = study.WAYS["few"](part, 0)
-    for row, image in enumerate(data.image):
-        old = int((part.data.image == image).all(1).nonzero())
-        assert torch.equal(data.text[data.caption_image == row], part.data.text[part.data.caption_image == old])
+    assert torch.equal(study.training_data(part, way).image, expected)
 
 
 def test_every_run_has_a_file_of_its_own():

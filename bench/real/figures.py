@@ -13,7 +13,7 @@ from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
 from .measures import DIRECTIONS, RULES
 from .parts import SETS
 from .results import Runs, settings_of
-from .study import CROSS_WEIGHTS, EPOCHS, FORMS
+from .study import CROSS_WEIGHTS, ENDS, EPOCHS, FORMS
 
 
 def draw_gain(results: dict, path: Path) -> None:
@@ -46,21 +46,23 @@ def draw_causes(runs: dict[tuple, Runs], path: Path) -> None:
         judge = runs[dataset, "paper", 1.0, "plain", EPOCHS[dataset]].judge
         ambiguity = judge.ambiguity["text -> image"][judge.test.distinct]
         lines: dict[str, Sequence[Tensor]] = {"distance from its pictures": [judge.distance]}
-        for weight in CROSS_WEIGHTS:
-            key = dataset, "paper", weight, "plain", EPOCHS[dataset]
-            if key in runs:
-                lines[f"uncertainty, cross weight {weight:g}"] = runs[key].distinct
+        for way, label in (("plain", "uncertainty"), ("balanced", "balanced")):
+            for weight in ENDS:
+                key = dataset, "paper", weight, way, EPOCHS[dataset]
+                if key in runs:
+                    lines[f"{label}, cross weight {weight:g}"] = runs[key].distinct
         edges = torch.logspace(0, float(ambiguity.max().log10()) + 1e-9, 8, dtype=torch.float64)
         bins = torch.bucketize(ambiguity, edges[1:-1], right=True)
         groups = [bins == number for number in bins.unique()]
         centre = [float(ambiguity[group].log().mean().exp()) for group in groups]
-        for (label, scores), colour in zip(lines.items(), ("#666666", *COLOURS)):
+        looks = (("#666666", "o-"), *((colour, style) for style in ("o-", "s:") for colour in COLOURS[:2]))
+        for (label, scores), (colour, style) in zip(lines.items(), looks):
             relative = torch.stack([score / score.mean() for score in scores]).mean(0)
-            axes.plot(centre, [float(relative[group].mean()) for group in groups], "o-", color=colour, label=label)
+            axes.plot(centre, [float(relative[group].mean()) for group in groups], style, color=colour, label=label)
         axes.set(xscale="log", yscale="log", xlabel="pictures that the caption is true of", title=dataset)
     every[0].set_ylabel("relative to the mean of all captions")
     figure.set_size_inches(10, 4.2)
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

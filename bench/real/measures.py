@@ -64,11 +64,8 @@ class Judge:
 
     @cached_property
     def distance(self) -> Tensor:
-        """[U] mean 1 - cosine of each distinct caption and the pictures that it was written for."""
-        data, which = self.test.data, self.test.which
-        cosine = F.cosine_similarity(data.text, data.image[data.caption_image]).double()  # [M]
-        total = torch.zeros(len(self.test.distinct), dtype=torch.float64).index_add_(0, which, 1 - cosine)
-        return total / torch.bincount(which)
+        """[U] of the distinct captions of the test part."""
+        return distance(self.test)
 
     @cached_property
     def draws(self) -> dict[str, Tensor]:
@@ -91,6 +88,14 @@ class Judge:
             "- margin of the first two": {way: [-_margin(rows)] for way, rows in ways.items()},
             "fewer words": {"text -> image": [-words]},
         }
+
+
+def distance(part: Part) -> Tensor:
+    """[U] mean 1 - cosine of each distinct caption and the pictures that it was written for."""
+    data = part.data
+    cosine = F.cosine_similarity(data.text, data.image[data.caption_image]).double()  # [M]
+    total = torch.zeros(len(part.distinct), dtype=torch.float64).index_add_(0, part.which, 1 - cosine)
+    return total / torch.bincount(part.which)
 
 
 def _resample(count: int, generator: torch.Generator) -> Tensor:

@@ -21,10 +21,10 @@ from .study import EPOCHS
 OUT = Path("bench/results/real")
 WAYS = {
     "plain": "as it is",
-    "balanced": "every distinct caption drawn equally often",
-    "few": "250 pictures",
+    "balanced": "balanced: every distinct caption equally often",
     "specific": "pictures moved to their most specific caption",
     "general": "pictures moved to their most general caption",
+    "both": "balanced, pictures moved to their most specific caption",
 }
 QUERIES = [f"{direction}, {rule}" for direction in DIRECTIONS for rule in RULES]
 

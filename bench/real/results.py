@@ -15,9 +15,9 @@ from tqdm import tqdm
 import fastprob
 from fastprob.evaluation.statistics import mean_std, spearman
 
-from .measures import RULES, Judge, gain_interval, level_spearman, partial_spearman
+from .measures import RULES, Judge, distance, gain_interval, level_spearman, partial_spearman
 from .parts import SETS
-from .study import Setting, runs_directory, settings
+from .study import Setting, runs_directory, settings, training_part
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,23 @@ def causes(runs: Runs) -> dict[str, float]:
     """What the captions' uncertainty goes with: rank correlations over distinct captions, mean of the seeds."""
     judge = runs.judge
     ambiguity = judge.ambiguity["text -> image"][judge.test.distinct]
-    seen, distance = judge.frequency, judge.distance
+    seen, far = judge.frequency, judge.distance
     kept = seen > 0
     measures = {
         "ambiguity": lambda u: spearman(u, ambiguity),
         "ambiguity, repeats counted": lambda u: spearman(u[judge.test.which], judge.ambiguity["text -> image"]),
         "ambiguity, of those seen in training": lambda u: spearman(u[kept], ambiguity[kept]),
         "frequency": lambda u: spearman(u, seen),
-        "distance": lambda u: spearman(u, distance),
-        "frequency given distance": lambda u: partial_spearman(u, seen, distance),
-        "distance given frequency": lambda u: partial_spearman(u, distance, seen),
+        "distance": lambda u: spearman(u, far),
+        "frequency given distance": lambda u: partial_spearman(u, seen, far),
+        "distance given frequency": lambda u: partial_spearman(u, far, seen),
     }
     result = {name: mean_std(measure(score) for score in runs.distinct)[0] for name, measure in measures.items()}
-    train = judge.train
+    train = training_part(judge.train, runs.setting.way)
     known = train.ambiguity[train.distinct]
     learnt = (torch.tensor(run["text"]["train"], dtype=torch.float64) for run in runs.runs)
     result["ambiguity, of the training captions"] = mean_std(spearman(score, known) for score in learnt)[0]
+    result["(ambiguity and distance in training)"] = spearman(known[train.which], distance(train)[train.which])
     return result
 
 
