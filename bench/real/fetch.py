@@ -22,6 +22,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+VERSION = 1
+"""Of all that is made of the sources: raised with every change of towers, captions, split, heads or training."""
+
 _CHUNK = 1 << 20
 _AR_MAGIC, _AR_HEADER = b"!<arch>\n", 60
 
@@ -86,6 +89,11 @@ def cache_directory(asked: str | os.PathLike | None = None) -> Path:
     """The directory asked for, else $FASTPROB_CACHE, else fastprob/ in the user's cache directory."""
     chosen = asked or os.environ.get("FASTPROB_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprob"
+
+
+def work_directory(cache: Path) -> Path:
+    """Where what is made of the sources is kept: features, embeddings, runs."""
+    return cache / f"real-{VERSION}"
 
 
 def fetch(source: Source, cache: Path) -> Path:

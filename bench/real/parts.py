@@ -24,7 +24,7 @@ from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import embed
 from fastprob.encoders import load_encoder
 
-from .fetch import DRAWINGS, PICTURES, fetch
+from .fetch import DRAWINGS, PICTURES, fetch, work_directory
 from .openclipart import Picture, captions_of, find_pictures, split, truth
 from .towers import Rows, features, train_heads
 
@@ -77,7 +77,7 @@ class Part:
 
 def openclipart(cache: Path) -> dict[str, Part]:
     """Part by name, made on the first call and kept in `cache`."""
-    root = cache / "openclipart-parts"
+    root = work_directory(cache) / "openclipart"
     if not (root / "test").exists():
         _make_openclipart(cache, root)
     return {name: Part.load(root / name) for name in ("train", "val", "test")}
@@ -85,7 +85,7 @@ def openclipart(cache: Path) -> dict[str, Part]:
 
 def digitscenes(cache: Path) -> dict[str, Part]:
     """Part by name, embedded on the first call and kept in `cache`."""
-    root = cache / "digitscenes-parts"
+    root = work_directory(cache) / "digitscenes"
     for name in ("train", "val", "test"):
         if not (root / name).exists():
             _embed_scenes(name, cache).save(root / name)
@@ -97,7 +97,7 @@ SETS = {"openclipart": openclipart, "digitscenes": digitscenes}
 
 def _embed_scenes(name: str, cache: Path) -> Part:
     scenes = DigitScenes(name)
-    store = embed(scenes, load_encoder("tiny"), cache / "digitscenes-stores" / name)
+    store = embed(scenes, load_encoder("tiny"), work_directory(cache) / "stores" / name)
     data = PairedEmbeddings(store.image.clone(), store.text.clone(), store.caption_image)
     return Part(data, store.captions, scenes.matches(), scenes.caption_level)
 

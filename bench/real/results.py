@@ -7,13 +7,14 @@ import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import fastprob
-from fastprob.evaluation.statistics import mean_std, spearman
+from fastprob.evaluation.statistics import spearman
 
 from .measures import RULES, Judge, distance, gain_interval, level_spearman, partial_spearman
 from .parts import SETS
@@ -78,11 +79,11 @@ def causes(runs: Runs) -> dict[str, float]:
         "frequency given distance": lambda u: partial_spearman(u, seen, far),
         "distance given frequency": lambda u: partial_spearman(u, far, seen),
     }
-    result = {name: mean_std(measure(score) for score in runs.distinct)[0] for name, measure in measures.items()}
+    result = {name: fmean(measure(score) for score in runs.distinct) for name, measure in measures.items()}
     train = training_part(judge.train, runs.setting.way)
     known = train.ambiguity[train.distinct]
     learnt = (torch.tensor(run["text"]["train"], dtype=torch.float64) for run in runs.runs)
-    result["ambiguity, of the training captions"] = mean_std(spearman(score, known) for score in learnt)[0]
+    result["ambiguity, of the training captions"] = fmean(spearman(score, known) for score in learnt)
     result["(ambiguity and distance in training)"] = spearman(known[train.which], distance(train)[train.which])
     return result
 
@@ -92,8 +93,8 @@ def conditioned(runs: Runs) -> dict[str, dict[str, float]]:
     result = {}
     for (direction, rule), wrong in runs.judge.wrong.items():
         right, given = 1 - wrong, runs.judge.ambiguity[direction]
-        plain = mean_std(spearman(score, right) for score in runs.scores[direction])[0]
-        fixed = mean_std(partial_spearman(score, right, given) for score in runs.scores[direction])[0]
+        plain = fmean(spearman(score, right) for score in runs.scores[direction])
+        fixed = fmean(partial_spearman(score, right, given) for score in runs.scores[direction])
         result[f"{direction}, {rule}"] = {"plain": plain, "ambiguity held fixed": fixed}
     return result
 
@@ -108,7 +109,7 @@ def by_kind(runs: Runs) -> list[dict[str, float]]:
             right = 1 - runs.judge.wrong["text -> image", rule][members]
             row[f"right, {rule}"] = float(right.mean())
             scores = [score[members] for score in runs.scores["text -> image"]]
-            row[f"Spearman, {rule}"] = mean_std(spearman(score, right) for score in scores)[0]
+            row[f"Spearman, {rule}"] = fmean(spearman(score, right) for score in scores)
         rows.append(row)
     return rows
 
@@ -125,6 +126,10 @@ def about_data(judge: Judge) -> dict[str, float]:
         "distinct captions": len(distinct),
         "of these seen in training": float((judge.frequency > 0).double().mean()),
         **recall,
+        **{
+            f"Spearman of ambiguity and being right, {way}, {rule}": spearman(judge.ambiguity[way], 1 - wrong)
+            for (way, rule), wrong in judge.wrong.items()
+        },
         "Spearman of ambiguity and distance, captions": spearman(ambiguity, own),
         "Spearman of ambiguity and distance, distinct captions": spearman(ambiguity[distinct], judge.distance),
         "Spearman of ambiguity and frequency, distinct captions": spearman(ambiguity[distinct], judge.frequency),

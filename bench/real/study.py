@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fastprob._files import write_atomically
 from fastprob.adapters import GGDAdapter, PairedEmbeddings, TrainConfig, fit, predict
 
-from .fetch import cache_directory
+from .fetch import cache_directory, work_directory
 from .parts import SETS, Part
 
 FORMS = {
@@ -159,7 +159,7 @@ def _moved(data: PairedEmbeddings, cost: Tensor) -> PairedEmbeddings:
 
 def runs_directory(cache: Path) -> Path:
     """Where the runs are kept."""
-    return cache / "study-runs"
+    return work_directory(cache) / "runs"
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from fastprob._files import read_tensors, write_tensors
 from fastprob.data.pairs import Pairs
 from fastprob.training import own_random_state, seed_all
 
-from .fetch import IMAGE_CODE, IMAGE_WEIGHTS, TEXT_MODEL, fetch
+from .fetch import IMAGE_CODE, IMAGE_WEIGHTS, TEXT_MODEL, fetch, work_directory
 from .openclipart import Picture
 
 SIDE = 160  # pixels that a picture is resized to
@@ -37,15 +37,11 @@ DROPOUT_IMAGE, DROPOUT_TEXT = 0.3, 0.1
 
 
 def features(pictures: Sequence[Picture], texts: Sequence[str], cache: Path) -> tuple[Tensor, Tensor]:
-    """Features of the pictures [N, 1280] and of the texts [U, 384], from `cache` where they are there already."""
-    file = cache / "openclipart-features.safetensors"
-    known = {"pictures": str(len(pictures)), "texts": str(len(texts)), "side": str(SIDE), "tokens": str(TOKENS)}
-    if file.exists():
-        tensors, metadata = read_tensors("features", file)
-        if metadata == known:
-            return tensors["image"], tensors["text"]
-    tensors = {"image": _encode_pictures(pictures, cache), "text": _encode_texts(texts, cache)}
-    write_tensors(file, tensors, known)
+    """Features of the pictures [N, 1280] and of the texts [U, 384], kept in `cache`."""
+    file = work_directory(cache) / "features.safetensors"
+    if not file.exists():
+        write_tensors(file, {"image": _encode_pictures(pictures, cache), "text": _encode_texts(texts, cache)}, {})
+    tensors, _ = read_tensors("features", file)
     return tensors["image"], tensors["text"]
 
 
