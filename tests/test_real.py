@@ -98,9 +98,17 @@ def test_another_checksum_is_refused_and_deleted(server, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_unpacked_leaves_nothing(tmp_path):
-    (tmp_path / "a.deb").write_bytes(deb({}, data="other.tar.xz"))
-    with pytest.raises(ValueError, match="must be a Debian package"):
+@pytest.mark.parametrize(
+    "content, error",
+    [
+        (deb({}, data="other.tar.xz"), ValueError),
+        (b"no archive", ValueError),
+        (deb({"a.txt": b"a", "../b.txt": b"b"}), tarfile.OutsideDestinationError),
+    ],
+)
+def test_what_cannot_be_unpacked_leaves_nothing(tmp_path, content, error):
+    (tmp_path / "a.deb").write_bytes(content)
+    with pytest.raises(error):
         fetch.unpack(tmp_path / "a.deb", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a.deb"]
 
@@ -118,12 +126,13 @@ def test_the_cache_is_where_it_is_asked_for(monkeypatch):
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg"><metadata>
 <rdf:RDF xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"
- xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work rdf:about=""><dc:title>{title}</dc:title>
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><cc:Work rdf:about="">{title}
 <dc:subject><rdf:Bag>{keywords}</rdf:Bag></dc:subject>
 <dc:creator><cc:Agent><dc:title>Someone</dc:title></cc:Agent></dc:creator></cc:Work></rdf:RDF></metadata></svg>"""
 
 
 def drawing(path, title, *keywords):
+    title = "" if title is None else f"<dc:title>{title}</dc:title>"
     path.write_text(SVG.format(title=title, keywords="".join(f"<rdf:li>{word}</rdf:li>" for word in keywords)))
     return path
 
@@ -133,7 +142,7 @@ def test_title_and_keywords_of_a_drawing(tmp_path):
     assert openclipart.read_metadata(file) == ("big cat on a mat", ("cat", "signs and symbols"))
 
 
-@pytest.mark.parametrize("title, keywords", [("", ["cat"]), ("Cat", []), ("Cat", [" "])])
+@pytest.mark.parametrize("title, keywords", [(None, ["cat"]), ("", ["cat"]), ("Cat", []), ("Cat", [" "])])
 def test_a_drawing_without_title_or_keywords_has_no_metadata(tmp_path, title, keywords):
     assert openclipart.read_metadata(drawing(tmp_path / "a.svg", title, *keywords)) is None
 
@@ -208,6 +217,10 @@ def test_a_part_is_read_as_it_was_saved(part, tmp_path):
     assert torch.equal(again.data.text, part.data.text) and torch.equal(
         again.data.caption_image, part.data.caption_image
     )
+
+
+def test_distinct_captions_are_the_first_with_their_text(part):
+    assert part.distinct.tolist() == [0, 1, 5] and part.which.tolist() == [0, 1, 1, 0, 1, 2]
 
 
 def test_balanced_data_has_every_distinct_caption_once(part):

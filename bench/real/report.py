@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from math import isnan
 from pathlib import Path
 
 from fastprob._files import write_atomically
+from fastprob.adapters.report import _without_nan
 from fastprob.evaluation.statistics import mean_std
 from fastprob.evaluation.tables import markdown
 
@@ -47,7 +49,7 @@ def text(results: dict) -> str:
 
 def _data_table(results: dict) -> str:
     data = results["data"]
-    rows = [[name, *(f"{data[of][name]:.3g}" for of in data)] for name in next(iter(data.values()))]
+    rows = [[name, *(_number(data[of][name]) for of in data)] for name in next(iter(data.values()))]
     return f"""## The test parts
 
 A caption is right by "own" if rank 1 is the picture it was written for, by "true" if it is one that the caption is true
@@ -120,8 +122,10 @@ def _cause_table(results: dict) -> str:
     header = ["data", "trained on", "cross weight", "seeds", *results["settings"][0]["causes"]]
     return f"""## What decides the sign
 
-Spearman correlations of the uncertainty of distinct captions with what stands above. The paper's loss, mean of the
-seeds.
+Spearman correlations of the captions' uncertainty with what stands above: over the queries, or over distinct captions.
+The paper's loss, mean of the seeds. Two changes of the training data alone take the causes apart. Balanced, a general
+caption is seen as seldom as any other. Moved half way to its most specific or most general caption, a picture teaches
+another distance; how that goes with ambiguity in the training part is in the last column.
 
 {markdown(header, rows)}
 
@@ -134,7 +138,7 @@ def _kind_table(results: dict) -> str:
         for one in settings_of(results, dataset, "plain", EPOCHS[dataset], "paper"):
             for kind in one["kinds"]:
                 name = KINDS[int(kind["kind"])] if dataset == "openclipart" else f"level {kind['kind']:.0f}"
-                values = [f"{value:.3g}" for key, value in kind.items() if key != "kind"]
+                values = [_number(value) for key, value in kind.items() if key != "kind"]
                 rows.append([dataset, f"{one['cross_weight']:g}", name, *values])
     header = ["data", "cross weight", "captions", *list(results["settings"][0]["kinds"][0])[1:]]
     return f"""## By kind of caption
@@ -165,6 +169,11 @@ Gain, by length of training.
 ![training loss](loss.png)"""
 
 
+def _number(value: float) -> str:
+    """A count, or a share or correlation with two digits; nothing of NaN."""
+    return f"{value:,}" if isinstance(value, int) else "" if isnan(value) else f"{value:.2f}"
+
+
 def write(out: Path, cache: Path) -> None:
     """Measure all runs that are there; write results.json, report.md and the figures into `out`."""
     results, runs = measure(cache)
@@ -174,7 +183,7 @@ def write(out: Path, cache: Path) -> None:
     write_atomically(out / "report.md", text(results))
     for one in results["settings"]:  # the curves are in the figure, and in the runs
         one["loss"] = [loss[-1] for loss in one["loss"]]
-    write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(out / "results.json", json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n")
     print(f"{out / 'report.md'}: {len(results['missing'])} runs are missing")
 
 

@@ -65,27 +65,25 @@ def calibration(scores: dict[str, list[Tensor]], judge: Judge) -> dict[str, dict
 
 
 def causes(runs: Runs) -> dict[str, float]:
-    """What the captions' uncertainty goes with: rank correlations over distinct captions, mean of the seeds."""
-    judge = runs.judge
-    ambiguity = judge.ambiguity["text -> image"][judge.test.distinct]
+    """What the uncertainty goes with: rank correlations, mean of the seeds; of captions with repeats, or distinct."""
+    judge, scores = runs.judge, runs.scores
+    ambiguity = judge.ambiguity["text -> image"]
+    of_distinct = ambiguity[judge.test.distinct]
     seen, far = judge.frequency, judge.distance
     kept = seen > 0
-    measures = {
-        "ambiguity": lambda u: spearman(u, ambiguity),
-        "ambiguity, repeats counted": lambda u: spearman(u[judge.test.which], judge.ambiguity["text -> image"]),
-        "ambiguity, of those seen in training": lambda u: spearman(u[kept], ambiguity[kept]),
-        "frequency": lambda u: spearman(u, seen),
-        "distance": lambda u: spearman(u, far),
-        "frequency given distance": lambda u: partial_spearman(u, seen, far),
-        "distance given frequency": lambda u: partial_spearman(u, far, seen),
-    }
-    result = {name: fmean(measure(score) for score in runs.distinct) for name, measure in measures.items()}
     train = training_part(judge.train, runs.setting.way)
-    known = train.ambiguity[train.distinct]
-    learnt = (torch.tensor(run["text"]["train"], dtype=torch.float64) for run in runs.runs)
-    result["ambiguity, of the training captions"] = fmean(spearman(score, known) for score in learnt)
-    result["(ambiguity and distance in training)"] = spearman(known[train.which], distance(train)[train.which])
-    return result
+    told = train.ambiguity, distance(train)[train.which]
+    return {
+        "ambiguity": fmean(spearman(u, ambiguity) for u in scores["text -> image"]),
+        "ambiguity, distinct": fmean(spearman(u, of_distinct) for u in runs.distinct),
+        "ambiguity, distinct and seen in training": fmean(spearman(u[kept], of_distinct[kept]) for u in runs.distinct),
+        "frequency given distance, distinct": fmean(partial_spearman(u, seen, far) for u in runs.distinct),
+        "distance given frequency, distinct": fmean(partial_spearman(u, far, seen) for u in runs.distinct),
+        "pictures: true captions": fmean(
+            spearman(u, judge.ambiguity["image -> text"]) for u in scores["image -> text"]
+        ),
+        "(told in training: distance and ambiguity)": spearman(*told),
+    }
 
 
 def conditioned(runs: Runs) -> dict[str, dict[str, float]]:
@@ -104,7 +102,7 @@ def by_kind(runs: Runs) -> list[dict[str, float]]:
     test, rows = runs.judge.test, []
     for kind in test.kind.unique().tolist():
         members = test.kind == kind
-        row: dict[str, float] = {"kind": kind, "median ambiguity": float(test.ambiguity[members].median())}
+        row: dict[str, float] = {"kind": kind, "median ambiguity": int(test.ambiguity[members].median())}
         for rule in RULES:
             right = 1 - runs.judge.wrong["text -> image", rule][members]
             row[f"right, {rule}"] = float(right.mean())
@@ -130,7 +128,7 @@ def about_data(judge: Judge) -> dict[str, float]:
             f"Spearman of ambiguity and being right, {way}, {rule}": spearman(judge.ambiguity[way], 1 - wrong)
             for (way, rule), wrong in judge.wrong.items()
         },
-        "Spearman of ambiguity and distance, captions": spearman(ambiguity, own),
+        "Spearman of ambiguity and distance": spearman(ambiguity, own),
         "Spearman of ambiguity and distance, distinct captions": spearman(ambiguity[distinct], judge.distance),
         "Spearman of ambiguity and frequency, distinct captions": spearman(ambiguity[distinct], judge.frequency),
     }
