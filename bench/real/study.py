@@ -75,19 +75,17 @@ class Setting:
 
 def settings() -> Iterator[Setting]:
     """All runs, the most telling first."""
-    for seed in SEEDS:
+    yield from _grid(0, FORMS, CROSS_WEIGHTS, "plain")
+    yield from _grid(0, ("paper",), CROSS_WEIGHTS, "balanced")
+    for way in ("general", "specific", "both"):
+        yield from _grid(0, ("paper",), ENDS, way)
+    for seed in (1, 2):
         yield from _grid(seed, FORMS, CROSS_WEIGHTS, "plain")
-        if seed == 0:
-            yield from _grid(seed, ("paper",), CROSS_WEIGHTS, "balanced")
-            for way in ("general", "specific", "both"):
-                yield from _grid(seed, ("paper",), ENDS, way)
-        if seed == 1:
-            yield from _grid(seed, ("paper",), CROSS_WEIGHTS, "balanced")
-            yield from _grid(seed, ("paper",), ENDS, "both")
-        if seed == 2:
-            yield from (
-                _with_epochs(each, share) for share in (0.25, 3) for each in _grid(0, ("paper",), ENDS, "plain")
-            )
+        yield from _grid(seed, ("paper",), CROSS_WEIGHTS, "balanced")
+    for share in (0.25, 3):
+        yield from (_with_epochs(each, share) for each in _grid(0, ("paper",), ENDS, "plain"))
+    for seed in SEEDS[3:]:
+        yield from _grid(seed, FORMS, CROSS_WEIGHTS, "plain")
 
 
 def _grid(seed: int, forms: Iterable[str], weights: Iterable[float], way: str) -> Iterator[Setting]:
