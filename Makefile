@@ -21,7 +21,7 @@ demo-prompts: $(INSTALLED)
 # Real pictures: towers over openclipart once (cached), adapters by cross weight and loss, and their report; needs a
 # network the first time. real is a seed of every setting, real-study all seeds and what decides the sign.
 REAL_OUT ?= real-out
-REAL := OMP_NUM_THREADS=$$(nproc) $(PYTHON) -m bench.real
+REAL := $(PYTHON) -m bench.real
 
 real: $(VENV)/.installed-real
 	$(REAL).fetch

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from bench.real import fetch, measures, openclipart, study
 from bench.real.parts import Part

@@ -75,7 +75,7 @@ class Judge:
         return {"text -> image": of_text, "image -> text": _resample(len(self.test.data.image), generator)}
 
     def baselines(self) -> dict[str, dict[str, list[Tensor]]]:
-        """Scores that need no training: name -> direction -> [Q] of every seed."""
+        """Scores that no adapter makes: name -> direction -> [Q] of every seed."""
         data = self.test.data
         similar = F.normalize(data.text.double(), dim=1) @ F.normalize(data.image.double(), dim=1).T  # [M, N]
         ways = {"text -> image": similar, "image -> text": similar.T}
@@ -87,6 +87,7 @@ class Judge:
             "1 - mean cosine": {way: [1 - rows.mean(1)] for way, rows in ways.items()},
             "- margin of the first two": {way: [-_margin(rows)] for way, rows in ways.items()},
             "fewer words": {"text -> image": [-words]},
+            "seldom in the training part": {"text -> image": [-self.frequency[self.test.which]]},
         }
 
 

@@ -73,7 +73,7 @@ def _calibration_table(results: dict) -> str:
 
 Gain is 1 for the best order of the queries, 0 for a random one, negative where it is inverted; in brackets the interval
 of 95 % over resampled queries and seeds. S (least to greatest seed) is right at -1. The last rows of each data set need
-no training.
+no adapter.
 
 {markdown(["data", "loss, cross weight", "seeds", *QUERIES], rows)}
 
