@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import json
 import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,26 +18,24 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 
-def write_atomically(
-    path: str | os.PathLike, content: str | bytes | Callable[[Path], object], *, durable: bool = False
-) -> None:
+def write_atomically(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:
     """Replace the file at `path` in one step: who reads it sees the old content or the new, also if the process dies.
 
-    content: the text (UTF-8) or bytes, or a function that fills the file whose path it gets.
+    content: bytes, or text (UTF-8).
     durable: flush to the disk first, so that a power cut too leaves one of the two; a full disk is then an OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         if durable:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write's error names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -80,9 +79,12 @@ def locked(who: str, directory: str | os.PathLike) -> Iterator[None]:
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Replace the safetensors file at `path` in one step."""
+    """Replace the safetensors file at `path` in one step. Equal contents are equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, to_safetensors(tensors, metadata))
+    data = to_safetensors(tensors, metadata)  # a length of 8 bytes, a header in JSON with the metadata in any order
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    write_atomically(path, data[:8] + header.encode().ljust(end - 8) + data[end:])
 
 
 def read_tensors(who: str, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

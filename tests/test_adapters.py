@@ -1,5 +1,8 @@
 """The adapter: released names and weights, saving and loading, where an untrained one starts."""
 
+import errno
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -119,17 +122,18 @@ def test_load_refuses_another_file(tmp_path):
         ProbVLM.load(tmp_path / "none.safetensors")
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def write_half(temporary):
+    def full(temporary, _):
         temporary.write_text("ne")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, write_half)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match=f"disk full: '{path}'"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("make", [GGDAdapter, ProbVLM])
@@ -151,3 +155,35 @@ def test_bad_arguments(make, arguments, message):
 def test_bad_input_width():
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 6\], got \(3, 5\)"):
         GGDAdapter(6, 4)(torch.zeros(3, 5))
+
+
+CONFIG = {"dim": 8, "hidden": 4, "dropout": 0.1, "positive": "relu"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, "must have a config in JSON, got none"),
+        ("{", "must have a config in JSON, got: Expecting property name"),
+        ("[" * 100_000, "must have a config in JSON, got: "),
+        ("7", "must have a config of ['dim', 'dropout', 'hidden', 'positive'], got 7"),
+        ({"dim": 8}, "must have a config of ['dim', 'dropout', 'hidden', 'positive'], got {'dim': 8}"),
+        ({**CONFIG, "depth": 2}, "must have a config of ['dim', 'dropout', 'hidden', 'positive'], got {'dim': 8, "),
+        ({**CONFIG, "dim": "8"}, ": dim must be a positive integer, got '8'"),
+        ({**CONFIG, "dropout": "x"}, ": dropout must be in [0, 1), got 'x'"),
+        ({**CONFIG, "dropout": None}, ": dropout must be in [0, 1), got None"),
+        ({**CONFIG, "positive": ["relu"]}, ": positive must be one of ['relu', 'softplus'], got ['relu']"),
+        ({**CONFIG, "hidden": 5}, "does not fit a ProbVLM of {'dim': 8, 'hidden': 5, "),
+        ({**CONFIG, "dim": 10_000_000}, "does not fit a ProbVLM of {'dim': 10000000, "),
+        ({**CONFIG, "dim": 10**15}, "does not fit a ProbVLM of {'dim': 1000000000000000, "),
+    ],
+)
+def test_load_names_a_damaged_config(tmp_path, config, expected):
+    """Before memory is taken for what it asks for."""
+    path, model = tmp_path / "model.safetensors", ProbVLM(8, 4, positive="relu")
+    text = config if config is None or isinstance(config, str) else json.dumps(config)
+    metadata = {"format": "fastprob.ProbVLM/1", **({} if text is None else {"config": text})}
+    save_file(model.state_dict(), path, metadata)
+    with pytest.raises(ValueError) as caught:
+        ProbVLM.load(path)
+    assert str(caught.value).startswith(f"ProbVLM.load: {path}") and expected in str(caught.value)

@@ -2,11 +2,13 @@
 
 import builtins
 import math
+import subprocess
+import sys
 
 import pytest
 import scipy.stats
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from fastprob.adapters import PairedEmbeddings, report
 from fastprob.evaluation import figures, retrieval
@@ -64,10 +66,13 @@ def test_equal_recall_everywhere_has_no_score():
     assert "nan" in got.table()
 
 
+@pytest.mark.parametrize("width", [5, 1 << 15])  # of blocks of the gallery, where 17 items are too many
 @pytest.mark.parametrize("budget", [1, 64, 1 << 23])
 @pytest.mark.parametrize("kind", ["matrix", "ids"])
-def test_ranks_against_brute_force(monkeypatch, budget, kind):
+def test_ranks_against_brute_force(monkeypatch, budget, kind, width):
     monkeypatch.setattr(retrieval, "_SIMILARITIES", budget)
+    monkeypatch.setattr(retrieval, "_WIDEST", width)
+    monkeypatch.setattr(retrieval, "_BLOCK", width)
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(31, 5, generator=generator)
     gallery = torch.randn(17, 5, generator=generator) * torch.logspace(-3, 3, 17)[:, None]  # length must not matter
@@ -94,6 +99,26 @@ def test_a_tie_with_the_best_match_counts_against_it():
     both = torch.tensor([[True, True, False, False]])
     assert match_rank(torch.tensor([[1.0, 0]]), gallery, both).tolist() == [1]
     assert match_rank(torch.tensor([[1.0, 0]]), gallery, torch.ones(1, 4, dtype=torch.bool)).tolist() == [0]
+
+
+RANKS = """
+import pathlib, sys, torch
+from fastprob.evaluation.retrieval import match_rank
+peak = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB
+def ranks(rows):
+    ids = torch.arange(rows)
+    match_rank(torch.rand(rows, 2), torch.rand(rows, 2), (ids, ids))
+ranks(2000)
+before = peak()
+ranks(40000)
+print(peak() - before)
+"""
+
+
+def test_memory_of_ranks_is_of_a_block():
+    """A twentieth of the matrix of similarities; twice as many rows would take as much."""
+    run = subprocess.run([sys.executable, "-c", RANKS], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 40000**2 * 4 / 1024 / 20
 
 
 @pytest.mark.parametrize(("queries", "levels"), [(10, 10), (11, 10), (19, 10), (1000, 7), (3, 2)])
@@ -292,20 +317,3 @@ def test_figures_without_matplotlib_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"fastprob\[plot\]"):
         report.training_curves(history(), tmp_path / "x.png")
-
-
-def test_large_retrieval_stays_within_its_memory_budget(monkeypatch):
-    """No tensor of a block may exceed the budget, whatever N x M would be."""
-    monkeypatch.setattr(retrieval, "_SIMILARITIES", 1 << 12)
-    largest = []
-    block = retrieval._block
-
-    def watched(match, rows):
-        largest.append(block(match, rows).numel())
-        return block(match, rows)
-
-    monkeypatch.setattr(retrieval, "_block", watched)
-    generator = torch.Generator().manual_seed(0)
-    rows = normalize(torch.randn(2000, 4, generator=generator), dim=1)
-    assert recall_at_k(rows, rows, (torch.arange(2000), torch.arange(2000))) == 1
-    assert max(largest) <= 1 << 12 and len(largest) == 1000

@@ -1,6 +1,7 @@
 """The command line: the whole way on real digits, and every mistake that users make, through `main` itself."""
 
 import errno
+import importlib.metadata
 import inspect
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import toy_clip
@@ -200,7 +202,7 @@ def test_help_and_mistyped_options_wait_for_nothing():
         assert f"\n    {command} " in output
     for argv, message in (
         (["eval", "--help"], "--checkpoint"),
-        (["embed", "--modle", "tiny"], "the following arguments are required: --data, --out"),
+        (["embed", "--modle", "tiny"], "the following arguments are required: --out"),
         (["demo", "probvln"], "invalid choice: 'probvln'"),
         (["prompt"], "the following arguments are required: command"),
     ):
@@ -224,6 +226,22 @@ def test_every_command_explains_itself(capsys, command):
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["fit", "prompt predict"])
+def test_an_unknown_option_shows_the_options_of_its_command(capsys, command):
+    needed = {"fit": ["--store", "store", "--out", "run"], "prompt predict": ["x.png", "--checkpoint", "run"]}[command]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), *needed, "--speed", "9"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"usage: fastprob {command} [-h] ") and needed[-2] in error
+    assert error.endswith(f"fastprob {command}: error: unrecognized arguments: --speed 9\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fastprob {importlib.metadata.version('fastprob')}\n"
 
 
 def test_defaults_of_eval_are_the_librarys():
@@ -337,6 +355,33 @@ def test_no_space(capsys, tmp_path, model, stores, monkeypatch):
     assert_same_store(tmp_path / "store", stores / "val")
 
 
+# ------------------------------------------------------------------------------------- other people's data
+
+
+def test_a_run_resumes_on_its_own_data_only(capsys, tmp_path, stores):
+    """Two stores of equal counts."""
+    arguments = ("fit", "--out", tmp_path / "run", *FIT)
+    succeed(*arguments, "--store", stores / "train", "--val-store", stores / "val")
+    for option, other in (("--store", stores / "val"), ("--val-store", stores / "train")):
+        both = {"--store": stores / "train", "--val-store": stores / "val", option: other}
+        error = fail(capsys, *arguments, "--resume", *(word for pair in both.items() for word in pair))
+        field = "data" if option == "--store" else "validation"
+        assert f"last.pt was trained with {field}={{'images': 200, 'captions': 1000, 'dim': 24, 'sha256': '" in error
+
+
+def test_a_changed_value_is_found_before_anything_is_computed(capsys, tmp_path, stores, run):
+    changed = shutil.copytree(stores / "val", tmp_path / "store")
+    image = np.load(changed / "image.npy", mmap_mode="r+")
+    image[3, 4] = 1e30
+    image.flush()
+    message = f"{changed / 'image.npy'}: shard 0: expected sha256 "
+    whole = ("--store", stores / "train", "--out", tmp_path / "run", *FIT)
+    assert message in fail(capsys, "fit", *whole, "--val-store", changed)
+    assert message in fail(capsys, "fit", "--store", changed, "--out", tmp_path / "run", *FIT)
+    assert not (tmp_path / "run").exists()
+    assert message in fail(capsys, "eval", "--store", changed, "--checkpoint", run)
+
+
 # ------------------------------------------------------------------------------------------- Ctrl-C
 
 
@@ -403,3 +448,14 @@ def test_ctrl_c_in_fit(tmp_path, toy, stores):
     succeed(*arguments, "--resume")
     after = json.loads(history.read_text())["step_loss"]
     assert len(after) == 60 * 4 and after[: len(before)] == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": "tiny"}', "7"])
+def test_damaged_encoder_file_of_a_run_is_named(capsys, tmp_path, stores, run, content):
+    damaged = shutil.copytree(run, tmp_path / "run")
+    (damaged / "encoder.json").write_text(content)
+    for command in (
+        ("eval", "--store", stores / "val", "--checkpoint", damaged),
+        ("fit", "--store", stores / "train", "--val-store", stores / "val", "--out", damaged, "--resume", *FIT),
+    ):
+        assert f"{damaged / 'encoder.json'}: expected " in fail(capsys, *command)

@@ -178,7 +178,7 @@ def test_coco(tmp_path):
         assert data[1][0].getpixel((4, 4))[0] > 200
         assert data.labels is None
     (tmp_path / "val2017" / "b.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 2 are missing, first .*b\.jpg"):
+    with pytest.raises(ValueError, match=r"images\[0\]: .*b\.jpg: No such file"):
         open_dataset(str(path))
 
 
@@ -221,6 +221,9 @@ def test_flowers(tmp_path):
     assert data[0][1] == []
     (tmp_path / "jpg" / "image_00002.jpg").unlink()
     with pytest.raises(ValueError, match=r"expected a label for every .*, got 2 for 1 images"):
+        open_dataset(str(tmp_path))
+    (tmp_path / "imagelabels.mat").write_bytes(b"torn" * 50)
+    with pytest.raises(ValueError, match=r"imagelabels\.mat: expected a \.mat file, got: "):
         open_dataset(str(tmp_path))
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -12,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastprob.data.digitscenes import PLACES, RELATIONS, Caption, DigitScenes
-from fastprob.encoders import load_encoder, tiny
+from fastprob.encoders import load_encoder, tiny, tokens
+from fastprob.encoders.tokens import Lost, lost
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +157,35 @@ def test_the_tiny_clip_finds_a_true_scene_for_captions_of_every_level(split):
     for level in range(5):
         share = hit[scenes.caption_level == level].float().mean().item()
         assert share >= 0.85, f"level {level}: {share:.1%}"
+
+
+# -------------------------------------------------------------------------------------- what tokenizers lose
+
+
+@pytest.mark.parametrize(("name", "context"), [("ViT-B-32", 77), ("digitscenes-tiny", 14)])
+def test_a_caption_is_cut_off_from_the_first_token_that_does_not_fit(name, context):
+    tiny.register()
+    tokenizer = open_clip.get_tokenizer(name)
+    fits, just_too_long, too_long = ("a " * (context - 2 + more) for more in (0, 1, 40))  # two tokens are the ends
+    assert lost(tokenizer, ["a", "", fits]) == Lost(0.0, 0.0)
+    assert lost(tokenizer, [fits, just_too_long, too_long, "a", fits]) == Lost(0.4, 0.0)
+    assert lost(tokenizer, []) == Lost(0.0, 0.0)
+
+
+class Words:
+    """As a tokenizer of transformers that ends in its last token, whatever it cuts off, and pads with it, too."""
+
+    def __init__(self, unknown):
+        self.tokenizer = SimpleNamespace(unk_token_id=unknown)
+
+    def __call__(self, texts, context_length=5):
+        rows = [[8 if word == "odd" else 4 for word in text.split()][: context_length - 1] for text in texts]
+        return torch.tensor([row + [2] * (context_length - len(row)) for row in rows])
+
+
+def test_share_of_unknown_tokens(monkeypatch):
+    monkeypatch.setattr(tokens, "_AT_ONCE", 2)
+    texts = ["one", "one odd", "one two odd four", "one two three four", "one two three four five"]
+    assert lost(Words(8), texts) == Lost(1 / 5, 2 / 15)
+    assert lost(Words(2), texts) == Lost(1 / 5, 0.0)  # CLIP's mark of an end
+    assert str(lost(Words(8), texts)) == "20.0% of the captions are cut off, 13.3% of their tokens are unknown"

@@ -289,3 +289,29 @@ def test_other_files_and_encoders_are_refused(splits, encoder, tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="must be a safetensors file"):
         Tuned.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda about: "{", "must say in JSON how it was tuned, got: "),
+        (lambda about: [about], "must say its classnames, config and encoder, got ["),
+        (lambda about: {"config": about["config"]}, "must say its classnames, config and encoder, got {"),
+        (lambda about: {**about, "classnames": ["a", 7]}, "must say its classnames, config and encoder, got {"),
+        (lambda about: {**about, "encoder": {"model": "tiny"}}, "must say its classnames, config and encoder, got {"),
+        (lambda about: {**about, "config": {"depth": 2}}, "must have the options of this version: "),
+        (lambda about: {**about, "config": {"shots": "x"}}, "must have the options of this version: "),
+        (lambda about: {**about, "classnames": about["classnames"] * 2}, "must hold what its options tune: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(splits, encoder, tmp_path, change, expected):
+    path = tmp_path / "prompt.safetensors"
+    tuned = run(splits, encoder, config(class_specific=True))
+    about = {"config": asdict(tuned.config), "classnames": tuned.classnames, "encoder": {
+        "model": "tiny", "pretrained": None, "fingerprint": encoder.fingerprint()}}  # fmt: skip
+    about = change(about)
+    save_file(tuned.method.state_dict(), path, {
+        "fastprob.prompts/1": about if isinstance(about, str) else json.dumps(about)})  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        Tuned.load(path, encoder)
+    assert str(caught.value).startswith(f"Tuned: {path} {expected}")

@@ -489,3 +489,35 @@ def test_bad_arguments(tmp_path, encoder):
     with pytest.raises(ValueError, match="data set 'digits' is empty"):
         write(tmp_path / "store", encoder, Digits(0))
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{", "expected JSON, got: "),
+        ("[" * 100_000, "expected JSON, got: "),
+        ("7", "expected captions and label, got 7"),
+        ('{"captions": ["a"]}', "expected captions and label, got {"),
+        ('{"captions": "a", "label": null}', "expected captions and label, got {"),
+        ('{"captions": [7], "label": null}', "expected captions and label, got {"),
+        ('{"captions": ["a"], "label": "b"}', "expected captions and label, got {"),
+        ('{"captions": [], "label": null, "id": 7}', "expected captions and label, got {"),
+    ],
+)
+@pytest.mark.parametrize("column", ["captions", "caption_image", "labels", "ids"])
+def test_damaged_captions_are_named(copy, line, expected, column):
+    """A file of the recorded size; `verify` would have seen it."""
+    store, file = EmbeddingStore(copy), copy / "captions.jsonl"
+    lines = file.read_text().splitlines()
+    lines[4] = line
+    file.write_text("\n".join(lines))
+    with pytest.raises(ValueError) as caught:
+        getattr(store, column)
+    assert str(caught.value).startswith(f"{file}, line 5: {expected}")
+
+
+def test_lost_captions_are_counted(copy):
+    store, file = EmbeddingStore(copy), copy / "captions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"captions\.jsonl: expected 23 lines with 33 captions, got 22 with 31"):
+        assert store.captions

@@ -4,7 +4,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +102,22 @@ def test_ctrl_c_before_the_first_step_waits_for_it(tmp_path, monkeypatch):
     assert same(run(tmp_path, resume=True), run())
 
 
+def test_one_run_at_a_time_in_a_directory(tmp_path, monkeypatch):
+    """What the first run has written stays, and the second one says who that is."""
+    with monkeypatch.context() as patch:
+
+        def meet():
+            written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+            with pytest.raises(ValueError, match=f"fit: {tmp_path} is being written by process {os.getpid()} of "):
+                run(tmp_path, resume=False)
+            assert written == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        stop_after(patch, 3, meet)
+        result = run(tmp_path)
+    assert same(result, run())
+    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.pt"]
+
+
 def test_without_validation_the_epoch_of_least_training_loss_is_kept(tmp_path, monkeypatch):
     losses = iter([3.0] * 5 + [1.0] * 5 + [2.0] * 5)
     update, saved = training._Run.update, []
@@ -189,13 +208,15 @@ def test_an_epoch_draws_each_image_once_with_a_caption_of_its_own():
 @pytest.mark.parametrize("steps", [1, 5, 7, 14])
 def test_ctrl_c_leaves_a_run_that_resumes_bit_for_bit(tmp_path, monkeypatch, steps):
     """A real SIGINT in the middle of a step: mid-epoch, and at the last step of an epoch."""
-    expected = run()
+    expected = run(tmp_path / "whole")
     stop_after(monkeypatch, steps, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == divmod(steps, 5)
     assert same(run(tmp_path, resume=True), expected)
+    for name in ("best.safetensors", "history.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_the_callers_handler_of_ctrl_c_is_put_back():
@@ -391,3 +412,37 @@ def test_bad_pairs_are_refused_by_fit_whatever_holds_them():
 def test_bad_config(argument, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {argument} must .*got {value!r}"):
         TrainConfig(**{argument: value})
+
+
+@pytest.mark.parametrize("part", ["identity", "history", "model", "optimizer", "losses", "random"])
+def test_a_damaged_checkpoint_is_named(tmp_path, part):
+    run(tmp_path)
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    for damaged in ({key: value for key, value in state.items() if key != part}, {**state, part: "nothing"}):
+        torch.save(damaged, path)
+        with pytest.raises(ValueError, match=rf"fit: {path} must be a checkpoint of a run, its state can't be used: "):
+            run(tmp_path, resume=True)
+
+
+def limited_to(kilobytes, directory):
+    """Train in a process that may write no file beyond a size, as where the disk is full; what it raises."""
+    code = f"""
+import resource, sys, test_training
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024,) * 2)
+try:
+    test_training.run(Path(sys.argv[1]))
+except OSError as error:
+    print(error.filename, error.strerror, sep=": ")
+"""
+    command = [sys.executable, "-c", code, directory]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parent)
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path):
+    ran = limited_to(8, tmp_path / "run")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == f"{tmp_path / 'run' / 'last.pt'}: File too large\n"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == []

@@ -34,6 +34,7 @@ _START_AT_ONE = {"relu": 1.0, "softplus": math.log(math.expm1(1))}
 half of the ReLUs start dead: the first NLL was 1.6e5 a dimension and every trained sample had infinite variances."""
 
 _FORMAT = "fastprob.ProbVLM/1"
+_CONFIG = ["dim", "dropout", "hidden", "positive"]
 _RELEASED = {"img_BayesCap.": "image.", "txt_BayesCap.": "text."}
 
 Parameters = tuple[Tensor, Tensor, Tensor]
@@ -123,7 +124,8 @@ class ProbVLM(nn.Module):
         tensors, metadata = read_tensors("ProbVLM.load", path)
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"ProbVLM.load: {path} must have format {_FORMAT!r}, got {metadata.get('format')!r}")
-        return cls._from_state(json.loads(metadata["config"]), tensors, f"ProbVLM.load: {path}")
+        where = f"ProbVLM.load: {path}"
+        return cls._from_state(_read_config(where, metadata.get("config")), tensors, where)
 
     @classmethod
     def from_released(cls, path: str | os.PathLike, *, dropout: float = 0.1) -> "ProbVLM":
@@ -147,8 +149,10 @@ class ProbVLM(nn.Module):
 
     @classmethod
     def _from_state(cls, config: dict, state: dict[str, Tensor], where: str) -> "ProbVLM":
-        model = cls(**config)
         try:
+            with torch.device("meta"):  # before memory is taken for widths that the weights don't have
+                cls(**config).load_state_dict({name: tensor.to("meta") for name, tensor in state.items()})
+            model = cls(**config)
             model.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{where} does not fit a ProbVLM of {config}: {error}") from error
@@ -160,10 +164,24 @@ def check_adapter(name: str, dim: int, hidden: int, dropout: float, positive: st
     for argument, value in (("dim", dim), ("hidden", hidden)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: {argument} must be a positive integer, got {value!r}")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout!r}")
-    if positive not in POSITIVE:
+    if not isinstance(positive, str) or positive not in POSITIVE:
         raise ValueError(f"{name}: positive must be one of {sorted(POSITIVE)}, got {positive!r}")
+
+
+def _read_config(where: str, text: str | None) -> dict:
+    """Raises ValueError, as `where`, for what is no config of a ProbVLM."""
+    if text is None:
+        raise ValueError(f"{where} must have a config in JSON, got none")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must have a config in JSON, got: {error}") from error
+    if not isinstance(config, dict) or set(config) != set(_CONFIG):
+        raise ValueError(f"{where} must have a config of {_CONFIG}, got {config!r}")
+    check_adapter(where, **config)
+    return config
 
 
 def _head(dim: int) -> nn.Sequential:

@@ -7,6 +7,7 @@ A command imports what it needs beyond torch when it runs (`fit` and `prompt fit
 """
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(argv[: 2 if argv[:1] and argv[0] in GROUPS else 1])
     try:
-        args = _parser(name).parse_args(argv)
+        args, unknown = _parser(name).parse_known_args(argv)
+        if unknown:
+            args.subparser.error(f"unrecognized arguments: {' '.join(unknown)}")  # with this command's usage
         COMMANDS[name].run(args)
     except KeyboardInterrupt:
         resume = f": {COMMANDS[name].resume}" if name in COMMANDS else ""
@@ -77,6 +80,7 @@ def _parser(called: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     options = {"dest": "command", "required": True, "metavar": "command"}
+    parser.add_argument("--version", action="version", version=f"fastprob {importlib.metadata.version('fastprob')}")
     parents = {"": parser.add_subparsers(**options)}
     for group, text in GROUPS.items():
         parents[group] = parents[""].add_parser(group, help=text, description=text).add_subparsers(**options)
@@ -84,6 +88,7 @@ def _parser(called: str) -> argparse.ArgumentParser:
         group, _, last = name.rpartition(" ")
         text = command.help
         subparser = parents[group].add_parser(last, help=text, description=text, allow_abbrev=False)
+        subparser.set_defaults(subparser=subparser)
         if name == called:
             command.options(subparser)
     return parser

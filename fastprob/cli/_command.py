@@ -14,6 +14,12 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --
     from fastprob.encoders import Encoder
 
 
+GOOD_MODELS = (
+    "as --model ViT-B-32 --pretrained laion2b_s34b_b79k (fast), ViT-B-16-SigLIP2 and webli, or ViT-L-14 and "
+    "datacomp_xl_s13b_b90k"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A subcommand: what it does, its options, its function, and how to go on after Ctrl-C."""
@@ -43,20 +49,26 @@ def add_fields(
 
 
 def add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="open_clip model, or the built-in one (default: tiny)")
+    parser.add_argument(
+        "--model", help="open_clip model, or tiny, the built-in one and the default for built-in digits"
+    )
     parser.add_argument("--pretrained", help="open_clip tag or checkpoint file")
     parser.add_argument("--device", help="default: CUDA where there is one")
 
 
 def load_encoder_of(args: argparse.Namespace) -> Encoder:
-    """The encoder that --model, --pretrained and --device name."""
+    """The encoder that --model, --pretrained and --device name, for the --data. Raises ValueError without a --model for
+    other data than digits, which are all that the built-in one reads."""
     from fastprob.encoders import load_encoder
 
+    model = args.model or ("tiny" if args.data.split(":")[0] in ("digits", "digitscenes") else None)
+    if model is None:
+        raise ValueError(f"--model is needed for {args.data}, {GOOD_MODELS}; see open_clip.list_pretrained()")
     device = device_of(args.device)
     try:
-        return load_encoder(args.model, pretrained=args.pretrained, device=device)
+        return load_encoder(model, pretrained=args.pretrained, device=device)
     except RuntimeError as error:  # open_clip's, of weights that it can't download
-        raise ValueError(f"--model {args.model}: {error}") from error
+        raise ValueError(f"--model {model}: {error}") from error
 
 
 def write_report(report: Any, directory: Path, command: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +28,92 @@ def open_store(path: Path) -> EmbeddingStore:
 # --------------------------------------------------------------------------------------------- embed
 
 
+DATA = (
+    "data set: a table of captions (.csv, .tsv, .parquet), COCO's or Karpathy's .json, Flickr30k's or Flickr8k's file, "
+    "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
+    ".txt files, of webdataset's .tar, CUB's, Flowers'; hf:NAME:SPLIT; digitscenes:train, :val, :test"
+)
+MAX_LOST = "largest share of captions that the tokenizer may cut off, and of unknown tokens (default: 0.1)"
+DATA_OPTIONS = {
+    "image_key": "column of the images' paths (default: image, filepath, file_name or image_path)",
+    "caption_key": "column of the captions (default: caption, title or text)",
+    "separator": "what separates columns (default: the one of , ; and tab that the header has)",
+    "split": "of Karpathy's JSON: train, restval, val, test, or several joined by + (default: all)",
+    "template": "captions of images by class (default: 'a photo of a {}.')",
+}
+
+
+ARRAY_OPTIONS = {
+    "pairs": ".npy of integers, the image of each text (default: text i is image i's)",
+    "captions": "what the texts are: a file with a line for each, or .parquet",
+    "ids": "what the images are called: a file with a line for each, or .parquet",
+    "encoder_name": "what made the arrays; stores of different names are kept apart",
+}
+
+
 def embed_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="data set: digitscenes:train, :val, :test, or a path")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help=DATA)
+    what.add_argument("--from-arrays", nargs=2, metavar=("IMAGE", "TEXT"), help="embeddings: .npy [N, D] and [M, D]")
     parser.add_argument("--out", required=True, type=Path, help="directory of the store")
-    add_encoder(parser)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--overwrite", action="store_true", help="start afresh where there is a store already")
+    of_data = parser.add_argument_group("with --data")
+    add_encoder(of_data)
+    of_data.add_argument("--batch-size", type=int, default=256)
+    of_data.add_argument("--workers", type=int, default=0, help="processes that load images")
+    _add_options(of_data, DATA_OPTIONS)
+    of_data.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
+    of_data.add_argument("--max-lost", type=float, default=0.1, help=MAX_LOST)
+    of_data.add_argument("--skip-bad", action="store_true", help="leave out rows that can't be used and list them")
+    _add_options(parser.add_argument_group("with --from-arrays"), ARRAY_OPTIONS)
+
+
+def _add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None:
+    for name, text in options.items():
+        group.add_argument("--" + name.replace("_", "-"), help=text)
 
 
 def embed(args: argparse.Namespace) -> None:
+    others = (
+        ARRAY_OPTIONS if args.data is not None else [*DATA_OPTIONS, "model", "pretrained", "allow_outside", "skip_bad"]
+    )
+    odd = ["--" + name.replace("_", "-") for name in others if getattr(args, name)]
+    if odd:
+        raise ValueError(f"{odd[0]} is not for --{'data' if args.data is not None else 'from-arrays'}")
+    (_embed_data if args.data is not None else _embed_arrays)(args)
+
+
+def _embed_data(args: argparse.Namespace) -> None:
     from fastprob.data.captions import open_dataset
     from fastprob.data.store import embed
+    from fastprob.data.store_format import SKIPPED
 
-    dataset = open_dataset(args.data)
+    given = {name: getattr(args, name) for name in DATA_OPTIONS}
+    dataset = open_dataset(args.data, skip_bad=args.skip_bad, allow_outside=args.allow_outside, **given)
     options = {"batch_size": args.batch_size, "num_workers": args.workers, "overwrite": args.overwrite}
-    print(embed(dataset, load_encoder_of(args), args.out, **options))
+    store = embed(dataset, load_encoder_of(args), args.out, max_lost=args.max_lost, **options)
+    print(store, store.lost or "", sep="\n")
+    skipped = getattr(dataset, "skipped", ())
+    if skipped:
+        what = f"{len(skipped)} bad rows, listed in {args.out / SKIPPED}"
+        first = f"first {skipped[0]['row']}: {skipped[0]['reason']}"
+        print(f"fastprob embed: left out {what}; {first}", file=sys.stderr)
+
+
+def _embed_arrays(args: argparse.Namespace) -> None:
+    from fastprob.data.arrays import embed_arrays, read_lines
+
+    given = {
+        name: None if getattr(args, name) is None else read_lines(getattr(args, name), name)
+        for name in ("captions", "ids")
+    }
+    options = {"pairs": args.pairs, "encoder_name": args.encoder_name, "overwrite": args.overwrite}
+    store = embed_arrays(*args.from_arrays, args.out, **options, **given)
+    print(store)
+    divided = store.metadata["source"]["normalised"]
+    if divided:
+        what = " and ".join(divided)
+        print(f"fastprob embed: rows of {what} were divided by their norms, which were not all 1", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------- fit
@@ -132,15 +203,26 @@ def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
 
 
 def _check_encoder(file: Path, store: EmbeddingStore) -> None:
-    """Raises ValueError when a run's encoder file names another encoder than the store's. No file, no check."""
-    if file.exists():
-        _check_same_encoder(json.loads(file.read_text(encoding="utf-8")), str(file.parent), store)
+    """Raises ValueError when a run's encoder file is damaged or names another encoder. No file, no check."""
+    if not file.exists():
+        return
+    try:
+        encoder = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: expected the JSON of an encoder, got: {error}") from error
+    if not isinstance(encoder, dict) or not {"model", "fingerprint"} <= encoder.keys():
+        raise ValueError(f"{file}: expected an encoder's model and fingerprint, got {encoder!r}")
+    _check_same_encoder(encoder, str(file.parent), store)
 
 
 def _check_same_encoder(encoder: dict[str, Any], owner: str, store: EmbeddingStore) -> None:
-    """Equal widths are not enough: adapters do not transfer between encoders."""
-    if encoder["fingerprint"] != store.encoder["fingerprint"]:
-        raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {store.encoder}")
+    """Equal widths are not enough: adapters do not transfer between encoders. Arrays may have no more than a name, or
+    not even that: what one of the two does not know can't be compared."""
+    for key in ("fingerprint", "model"):
+        if encoder[key] is not None and store.encoder[key] is not None:
+            if encoder[key] != store.encoder[key]:
+                raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {store.encoder}")
+            return
 
 
 COMMANDS = {

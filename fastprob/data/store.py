@@ -12,10 +12,11 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from tqdm import tqdm
 from fastprob._files import is_scratch, locked
 from fastprob.data import store_format as on_disk
 from fastprob.data.images import described
-from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, TEXT
+from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, LOST, TEXT
+from fastprob.encoders.tokens import Lost, lost
 
 
 class EmbeddingStore:
@@ -54,7 +56,7 @@ class EmbeddingStore:
 
     def __repr__(self) -> str:
         source, counts = self.metadata["source"], f"{len(self.image)} images, {len(self.text)} captions"
-        described = f"{source['dataset']}, {source['model']}, {counts}, dim {self.dim}"
+        described = f"{source['dataset']}, {source['model'] or 'unnamed encoder'}, {counts}, dim {self.dim}"
         return f"EmbeddingStore({self.path}: {described})"
 
     def _map(self, name: str, rows: int) -> Tensor:
@@ -70,8 +72,7 @@ class EmbeddingStore:
 
     @cached_property
     def _samples(self) -> list[dict[str, Any]]:
-        with open(self.path / CAPTIONS, encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return on_disk.read_samples(self.path, self.metadata)
 
     @cached_property
     def captions(self) -> list[str]:
@@ -91,6 +92,12 @@ class EmbeddingStore:
         return None if None in labels else torch.tensor(labels)
 
     @cached_property
+    def ids(self) -> list[str] | None:
+        """[N] what each image is called in its source, or None when the data set does not say."""
+        ids = [sample.get("id") for sample in self._samples]
+        return None if None in ids else ids
+
+    @cached_property
     def ambiguity(self) -> Tensor | None:
         """[M] int64: how many of the images each caption fits.
 
@@ -102,6 +109,11 @@ class EmbeddingStore:
     def encoder(self) -> dict[str, Any]:
         """The encoder of these embeddings: model, pretrained, dim and fingerprint."""
         return {key: self.metadata["source"][key] for key in ("model", "pretrained", "dim", "fingerprint")}
+
+    @property
+    def lost(self) -> Lost | None:
+        """What the encoder's tokenizer loses of the captions, or None where that is not known."""
+        return Lost(**self.metadata[LOST]) if LOST in self.metadata else None
 
     def verify(self) -> None:
         """Read every byte; raises ValueError naming the first file and shard whose checksum differs."""
@@ -116,145 +128,195 @@ def embed(
     batch_size: int = 256,
     shard_size: int = 4096,
     num_workers: int = 0,
+    max_lost: float = 0.1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> EmbeddingStore:
     """Encode `dataset` with `encoder` into a store at `path`, once; return the opened store.
 
-    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N],
-    `ambiguity() -> [M]`, how many of the images each caption fits, and `digests() -> {name: str}` of what may change
-    under its name, captions and image files; `encoder` is what `fastprob.encoders.load_encoder` returns. A complete
-    store from the same source, by names and digests, is returned as it is, but for an ambiguity that it lacks, a
-    partial one is checked and resumed, `overwrite` starts a store afresh. `shard_size` images are secured at a time;
-    with equal `batch_size`, `shard_size` and thread count, an interrupted run ends in the same bytes as an
-    uninterrupted one.
+    `dataset` has `len()`, `name`, `[i] -> (PIL image, list of captions)` and optionally `labels` [N], `ids` [N], the
+    images' names, `captions`, all of them, `ambiguity() -> [M]`, how many of the images each caption fits,
+    `digests() -> {name: str}` of what may change under its name, captions and image files, and `skipped`, a dict for
+    each row of it that was left out; `encoder` is what `fastprob.encoders.load_encoder` returns. A complete store from
+    the same source, by names and digests, is returned as it is, but for an ambiguity that it lacks, a partial one is
+    checked and resumed, `overwrite` starts a store afresh. `shard_size` images are secured at a time; with equal
+    `batch_size`, `shard_size` and thread count, an interrupted run ends in the same bytes as an uninterrupted one.
 
     Raises ValueError when `path` holds anything but a store, when the store there came from another data set or
-    encoder (naming the difference), is damaged, or is being written by another process, and when the encoder's
-    output is malformed; OSError (ENOSPC) when the disk is full or would become so, leaving a store that the same
-    call resumes.
+    encoder (naming the difference), is damaged, or is being written by another process, when the tokenizer cuts off
+    more than the share `max_lost` of the `captions` or does not know more than that of their tokens, and when the
+    encoder's output is malformed; OSError (ENOSPC) when the disk is full or would become so, leaving a store that the
+    same call resumes.
     """
-    path = Path(path)
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"embed: batch_size and shard_size must be >= 1, got {batch_size} and {shard_size}")
     if len(dataset) == 0:
         raise ValueError(f"embed: data set {dataset.name!r} is empty")
-    source = _source(dataset, encoder)
+    content = _Encoded(dataset, encoder, batch_size, shard_size, num_workers, max_lost)
+    return write_store(path, content, overwrite=overwrite, progress=progress)
+
+
+Block = dict[str, tuple[int, bytes]]
+"""Rows and bytes that some images add to each data file."""
+
+
+class Content(Protocol):
+    """What a store is filled with."""
+
+    source: dict[str, Any]
+    """dataset, images (their number), dim, the encoder's model, pretrained and fingerprint, and digests of all that
+    the store's numbers depend on."""
+    skipped: Sequence[dict[str, str]]
+    """Rows of the source that were left out."""
+    ambiguity: Callable[[], Any] | None
+    """Returns how many of the images each caption fits, [M]."""
+
+    def describe(self) -> dict[str, Any]:
+        """What else a new store's metadata say. Raises ValueError where it should not be made."""
+
+    def shards(self, done: int) -> Iterator[Iterable[Block]]:
+        """What follows the first `done` images, in shards, each of which is secured."""
+
+    def bytes_left(self, done: int) -> int:
+        """About how many bytes those take."""
+
+
+def write_store(path: str | Path, content: Content, *, overwrite: bool, progress: bool) -> EmbeddingStore:
+    """Write what the store at `path` lacks of `content`, and open it. Raises as `embed`."""
+    path = Path(path)
     _check_place(path)
-    if overwrite or not _is_whole(path, source, dataset):
+    if overwrite or not _is_whole(path, content):
         with locked("embed", path):
             stored = None if overwrite else on_disk.read_metadata(path)
-            metadata = on_disk.new_metadata(source) if stored is None else stored
-            _check_source(path, metadata["source"], source)
+            metadata = on_disk.new_metadata(content.source) if stored is None else stored
+            _check_source(path, metadata["source"], content.source)
             with _explain_full_disk(path, metadata):
-                _write(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, progress)
+                _write(path, metadata, content, progress)
     return EmbeddingStore(path)
 
 
-def _is_whole(path: Path, source: dict[str, Any], dataset: Any) -> bool:
+def _is_whole(path: Path, content: Content) -> bool:
     """Whether nothing is left to do. Raises ValueError for a store of another source."""
     metadata = on_disk.read_metadata(path)
     if metadata is None:
         return False
-    _check_source(path, metadata["source"], source)
-    return metadata["complete"] and (AMBIGUITY in metadata or not hasattr(dataset, "ambiguity"))
+    _check_source(path, metadata["source"], content.source)
+    return metadata["complete"] and (AMBIGUITY in metadata or content.ambiguity is None)
 
 
-def _write(
-    path: Path,
-    metadata: dict[str, Any],
-    dataset: Any,
-    encoder: Any,
-    batch_size: int,
-    shard_size: int,
-    num_workers: int,
-    progress: bool,
-) -> None:
+def _write(path: Path, metadata: dict[str, Any], content: Content, progress: bool) -> None:
     """Write what the store lacks."""
     if not metadata["complete"]:
-        _prepare(path, metadata)
-        _check_space(path, metadata, dataset)
-        done, total = metadata["images"], len(dataset)
+        if not metadata["shards"]:
+            metadata |= content.describe()
+        _prepare(path, metadata, content.skipped)
+        _check_space(path, content.bytes_left(metadata["images"]))
+        done, total = metadata["images"], metadata["source"]["images"]
         with tqdm(total=total, initial=done, unit="image", disable=not progress) as bar:
-            _append_shards(path, metadata, dataset, encoder, batch_size, shard_size, num_workers, bar)
+            for shard in content.shards(done):
+                _append_shard(path, metadata, shard, bar)
         _finish(path, metadata)
-    if hasattr(dataset, "ambiguity") and AMBIGUITY not in metadata:
-        on_disk.write_ambiguity(path, metadata, np.asarray(dataset.ambiguity()))
+    if content.ambiguity is not None and AMBIGUITY not in metadata:
+        on_disk.write_ambiguity(path, metadata, np.asarray(content.ambiguity()))
 
 
-# ---------------------------------------------------------------------------------------- encoding
-
-
-class _Samples(Dataset):
-    """(preprocessed image [C, H, W], captions, label) of a sample: the part that worker processes do."""
-
-    def __init__(self, dataset: Any, preprocess: Any):
-        self.dataset, self.preprocess = dataset, preprocess
-        self.labels = getattr(dataset, "labels", None)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, list[str], int | None]:
-        image, captions = self.dataset[index]
-        label = None if self.labels is None else int(self.labels[index])
-        return self.preprocess(image), list(captions), label
-
-
-def _append_shards(
-    path: Path,
-    metadata: dict[str, Any],
-    dataset: Any,
-    encoder: Any,
-    batch_size: int,
-    shard_size: int,
-    num_workers: int,
-    bar: tqdm,
-) -> None:
-    """Encode, append and record the images that are not stored yet. No batch crosses a shard."""
-    done, total = metadata["images"], len(dataset)
-    shards = [range(start, min(start + shard_size, total)) for start in range(done, total, shard_size)]
-    batches = [[list(shard[i : i + batch_size]) for i in range(0, len(shard), batch_size)] for shard in shards]
-    indices = [batch for shard in batches for batch in shard]
-    samples = _Samples(dataset, encoder.preprocess)
-    loader = iter(DataLoader(samples, batch_sampler=indices, num_workers=num_workers, collate_fn=list))
-    for shard in batches:
-        record = _append_shard(path, encoder, loader, len(shard), batch_size, bar)
-        metadata["shards"].append(record)
-        metadata["images"] += record[IMAGE]["rows"]
-        metadata["texts"] += record[TEXT]["rows"]
-        on_disk.write_metadata(path, metadata)
-
-
-def _append_shard(
-    path: Path, encoder: Any, loader: Iterator[list[Any]], batches: int, batch_size: int, bar: tqdm
-) -> dict[str, dict[str, Any]]:
-    """Encode the next batches and append them to the data files; return rows, bytes and sha256 of each."""
+def _append_shard(path: Path, metadata: dict[str, Any], shard: Iterable[Block], bar: tqdm) -> None:
+    """Append blocks to the data files, then record rows, bytes and sha256 of each file."""
     record: dict[str, dict[str, Any]] = {
         name: {"rows": 0, "bytes": 0, "sha256": hashlib.sha256()} for name in DATA_FILES
     }
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(path / name, "ab")) for name in DATA_FILES}
-        for _ in range(batches):
-            samples = next(loader)
-            for name, (rows, data) in _encode(encoder, samples, batch_size).items():
+        for block in shard:
+            for name, (rows, data) in block.items():
                 files[name].write(data)
                 record[name]["rows"] += rows
                 record[name]["bytes"] += len(data)
                 record[name]["sha256"].update(data)
-            bar.update(len(samples))
+            bar.update(block[IMAGE][0])
         for name, file in files.items():
             on_disk.sync(file)
             record[name]["sha256"] = record[name]["sha256"].hexdigest()
-    return record
+    metadata["shards"].append(record)
+    metadata["images"] += record[IMAGE]["rows"]
+    metadata["texts"] += record[TEXT]["rows"]
+    on_disk.write_metadata(path, metadata)
 
 
-def _encode(encoder: Any, samples: list[Any], batch_size: int) -> dict[str, tuple[int, bytes]]:
-    """Rows and bytes that a batch adds to each data file."""
+def sample_line(captions: list[str], label: int | None, id: str | None) -> bytes:
+    """An image's line of captions.jsonl."""
+    about = {"captions": captions, "label": label, **({} if id is None else {"id": id})}
+    return (json.dumps(about, ensure_ascii=False) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------- encoding
+
+
+class _Encoded:
+    """The `Content` that an encoder makes of a data set."""
+
+    def __init__(self, dataset: Any, encoder: Any, batch_size: int, shard_size: int, num_workers: int, max_lost: float):
+        self.dataset, self.encoder, self.max_lost = dataset, encoder, max_lost
+        self.batch_size, self.shard_size, self.num_workers = batch_size, shard_size, num_workers
+        self.source = _source(dataset, encoder)
+        self.skipped = getattr(dataset, "skipped", ())
+        self.ambiguity = getattr(dataset, "ambiguity", None)
+
+    def describe(self) -> dict[str, Any]:
+        """What the tokenizer loses of the captions."""
+        captions = getattr(self.dataset, "captions", None)  # M, or a list of every image's
+        if captions is None:
+            return {}
+        texts = [text for each in captions for text in ([each] if isinstance(each, str) else each)]
+        of_tokenizer = lost(self.encoder.tokenizer, texts)
+        if max(of_tokenizer.cut, of_tokenizer.unknown) > self.max_lost:
+            limit = f"expected at most {self.max_lost:.1%} (max_lost)"
+            raise ValueError(f"embed: {self.encoder.name} does not read these captions: {of_tokenizer}; {limit}")
+        return {LOST: asdict(of_tokenizer)}
+
+    def shards(self, done: int) -> Iterator[Iterable[Block]]:
+        """No batch crosses a shard."""
+        total, size = len(self.dataset), self.batch_size
+        shards = [range(start, min(start + self.shard_size, total)) for start in range(done, total, self.shard_size)]
+        batches = [[list(shard[i : i + size]) for i in range(0, len(shard), size)] for shard in shards]
+        indices = [batch for shard in batches for batch in shard]
+        samples = _Samples(self.dataset, self.encoder.preprocess)
+        options = {"batch_sampler": indices, "num_workers": self.num_workers, "collate_fn": list}
+        loader = iter(DataLoader(samples, **options))
+        for shard in batches:
+            yield (_encode(self.encoder, next(loader), size) for _ in shard)
+
+    def bytes_left(self, done: int) -> int:
+        """Supposing captions as in the next sample."""
+        left = len(self.dataset) - done
+        if left == 0:
+            return 0
+        _, captions = self.dataset[done]
+        return left * (4 * self.source["dim"] * (1 + len(captions)) + len(sample_line(captions, None, None)))
+
+
+class _Samples(Dataset):
+    """(preprocessed image [C, H, W], captions, line of captions.jsonl) of a sample: the part of worker processes."""
+
+    def __init__(self, dataset: Any, preprocess: Any):
+        self.dataset, self.preprocess = dataset, preprocess
+        self.labels, self.ids = getattr(dataset, "labels", None), getattr(dataset, "ids", None)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str], bytes]:
+        image, captions = self.dataset[index]
+        label = None if self.labels is None else int(self.labels[index])
+        line = sample_line(list(captions), label, None if self.ids is None else self.ids[index])
+        return self.preprocess(image), list(captions), line
+
+
+def _encode(encoder: Any, samples: list[Any], batch_size: int) -> Block:
     images = torch.stack([image for image, _, _ in samples])  # [B, C, H, W]
     texts = [caption for _, captions, _ in samples for caption in captions]
-    lines = [_json_line({"captions": captions, "label": label}) for _, captions, label in samples]
+    lines = [line for _, _, line in samples]
     return {
         IMAGE: (len(samples), _encode_images(encoder, images).tobytes()),
         TEXT: (len(texts), _encode_texts(encoder, texts, batch_size).tobytes()),
-        CAPTIONS: (len(lines), "".join(lines).encode()),
+        CAPTIONS: (len(lines), b"".join(lines)),
     }
 
 
@@ -286,10 +348,6 @@ def _rows(encoder: Any, embedding: Tensor, count: int) -> np.ndarray:
     if bad:
         raise ValueError(f"embed: {encoder.name} returned NaN or infinity in {bad} of {count} rows")
     return rows
-
-
-def _json_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------- before and after encoding
@@ -326,7 +384,7 @@ def _check_source(path: Path, stored: dict[str, Any], source: dict[str, Any]) ->
         raise ValueError(f"{path}: this store has another source: {what}; overwrite it or take a new path")
 
 
-def _prepare(path: Path, metadata: dict[str, Any]) -> None:
+def _prepare(path: Path, metadata: dict[str, Any], skipped: Sequence[dict[str, str]]) -> None:
     """Check what is stored and cut off what a stopped run wrote after it; or begin a new store's files."""
     resume = bool(metadata["shards"])
     if resume:
@@ -334,6 +392,7 @@ def _prepare(path: Path, metadata: dict[str, Any]) -> None:
     else:
         on_disk.write_metadata(path, metadata)  # from here on, an old store here counts as overwritten
         (path / AMBIGUITY).unlink(missing_ok=True)
+        on_disk.write_skipped(path, skipped)
     for name in DATA_FILES:
         with open(path / name, "r+b" if resume else "wb") as file:
             file.write(on_disk.header(metadata, name))
@@ -351,14 +410,8 @@ def _finish(path: Path, metadata: dict[str, Any]) -> None:
     on_disk.write_metadata(path, metadata)
 
 
-def _check_space(path: Path, metadata: dict[str, Any], dataset: Any) -> None:
-    """Raises OSError (ENOSPC) when the rest will not fit, supposing captions as in the next sample."""
-    left = len(dataset) - metadata["images"]
-    if left == 0:
-        return
-    _, captions = dataset[metadata["images"]]
-    row = 4 * metadata["source"]["dim"]
-    needed = left * (row * (1 + len(captions)) + len(_json_line(captions).encode()))
+def _check_space(path: Path, needed: int) -> None:
+    """Raises OSError (ENOSPC) when the rest will not fit."""
     free = shutil.disk_usage(path).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"about {needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")

@@ -1,11 +1,12 @@
 """What an embedding store looks like on disk, and how it is checked. `fastprob.data.store` uses it.
 
-A store is a directory of four or five files:
+A store is a directory of four to six files:
 
     image.npy        [N, D] float32, one row per image
     text.npy         [M, D] float32, one row per caption, in the order of the images
-    captions.jsonl   N lines {"captions": [...], "label": int or null}
+    captions.jsonl   N lines {"captions": [...], "label": int or null, "id": the image's name, where it has one}
     ambiguity.npy    [M] int64, how many of the images each caption fits, where the data set knows it
+    skipped.jsonl    lines {"row", "reason"} of the rows of the source that were left out, where some were
     metadata.json    format, source (data set, encoder, transform), counts;
                      for every shard and file: rows, bytes, sha256; for ambiguity.npy: bytes, sha256
 
@@ -17,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from fastprob._files import write_atomically
 FORMAT = 1
 IMAGE, TEXT, CAPTIONS, METADATA = "image.npy", "text.npy", "captions.jsonl", "metadata.json"
 DATA_FILES = (IMAGE, TEXT, CAPTIONS)  # written shard by shard
+SKIPPED = "skipped.jsonl"
 AMBIGUITY = "ambiguity.npy"  # written last; its name is its key in the metadata too
+LOST = "lost"  # key of the metadata: what the tokenizer loses of the captions, where that is known
 KEYS = ("format", "complete", "source", "images", "texts", "shards")
 
 
@@ -88,6 +92,41 @@ def write_ambiguity(path: Path, metadata: dict[str, Any], ambiguity: np.ndarray)
     write_atomically(path / AMBIGUITY, data, durable=True)
     metadata[AMBIGUITY] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_metadata(path, metadata)
+
+
+def write_skipped(path: Path, skipped: Sequence[dict[str, str]]) -> None:
+    """Write the rows that were left out; without any, take away those of an earlier store."""
+    if skipped:
+        write_atomically(path / SKIPPED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in skipped))
+    else:
+        (path / SKIPPED).unlink(missing_ok=True)
+
+
+def read_samples(path: Path, metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of captions.jsonl. Raises ValueError naming the line that is damaged, or a wrong number of captions."""
+    samples = []
+    with open(path / CAPTIONS, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                sample = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path / CAPTIONS}, line {number}: expected JSON, got: {error}") from error
+            if not _is_sample(sample):
+                raise ValueError(f"{path / CAPTIONS}, line {number}: expected captions and label, got {line.strip()}")
+            samples.append(sample)
+    got = len(samples), sum(len(sample["captions"]) for sample in samples)
+    if got != (metadata["images"], metadata["texts"]):
+        expected = f"{metadata['images']} lines with {metadata['texts']} captions"
+        raise ValueError(f"{path / CAPTIONS}: expected {expected}, got {got[0]} with {got[1]}")
+    return samples
+
+
+def _is_sample(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"captions", "label"} <= value.keys():
+        return False
+    captions, label, id = value["captions"], value["label"], value.get("id", "")
+    texts = isinstance(captions, list) and all(isinstance(text, str) for text in [*captions, id])
+    return texts and (label is None or isinstance(label, int))
 
 
 def size(metadata: dict[str, Any], name: str) -> int:

@@ -1,6 +1,7 @@
 """Retrieval by cosine similarity of frozen embeddings: where each query's first match stands."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ _TIE = 1e-6
 _SIMILARITIES = 1 << 23
 """Most similarities held at a time; with their masks about 100 MB."""
 
+_WIDEST, _BLOCK = 1 << 15, 1 << 12
+"""A wider gallery is worked on in blocks of so many items, twice, as its rows would leave few queries a product."""
+
 
 def recall_at_k(query: Tensor, gallery: Tensor, match: Match, k: int = 1) -> float:
     """Share of the queries with a match among their first k gallery items. Arguments as in `calibrate`."""
@@ -27,27 +31,40 @@ def match_rank(query: Tensor, gallery: Tensor, match: Match) -> Tensor:
     """For each query, how many gallery items stand before its best match, [Q] int64 on the CPU.
 
     By cosine similarity; an item that ties with the best match without matching stands before it. Arguments
-    and errors as in `calibrate`. Works through the queries in blocks, never holding [Q, G] similarities.
+    and errors as in `calibrate`. Works through blocks of queries and gallery, which may be memory-mapped; what it
+    holds depends on D alone.
     """
     _check_retrieval(query, gallery, match)
-    gallery_unit = F.normalize(gallery.float(), dim=1)  # [G, D]
-    ranks = []
-    block = max(1, _SIMILARITIES // len(gallery))
-    for start in range(0, len(query), block):
-        rows = slice(start, start + block)
-        similarity = F.normalize(query[rows].to(gallery.device).float(), dim=1) @ gallery_unit.T  # [B, G]
-        matches = _block(match, rows).to(gallery.device)  # [B, G]
-        if not matches.any(1).all():
-            bare = start + int((~matches.any(1)).nonzero()[0])
+    ranks = torch.empty(len(query), dtype=torch.int64)
+    width = len(gallery) if len(gallery) <= _WIDEST else _BLOCK
+    for rows in _slices(len(query), max(1, _SIMILARITIES // width)):
+        where = query[rows], gallery, match, rows, width
+        once = list(_similarities(*where)) if width == len(gallery) else None
+        best = torch.full((len(where[0]),), -math.inf, device=gallery.device)
+        for similarity, matches in once or _similarities(*where):
+            best = torch.maximum(best, similarity.masked_fill(~matches, -math.inf).amax(1))
+        if best.isinf().any():
+            bare = rows.start + int(best.isinf().nonzero()[0])
             raise ValueError(f"match_rank: every query needs a match, query {bare} has none")
-        best = similarity.masked_fill(~matches, -math.inf).amax(1, keepdim=True)  # [B, 1]
-        ranks.append(((similarity > best - _TIE) & ~matches).sum(1).cpu())
-    return torch.cat(ranks)
+        before = torch.zeros_like(best, dtype=torch.int64)
+        for similarity, matches in once or _similarities(*where):
+            before += ((similarity > best[:, None] - _TIE) & ~matches).sum(1)
+        ranks[rows] = before.cpu()
+    return ranks
 
 
-def _block(match: Match, rows: slice) -> Tensor:
-    """Which gallery items match these queries: bool [B, G]."""
-    return match[rows] if isinstance(match, Tensor) else match[0][rows, None] == match[1]
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _similarities(
+    query: Tensor, gallery: Tensor, match: Match, rows: slice, width: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosine similarities of some queries and `width` gallery items at a time, [B, width], and which ones match."""
+    unit = F.normalize(query.to(gallery.device).float(), dim=1)
+    for columns in _slices(len(gallery), width):
+        matches = match[rows, columns] if isinstance(match, Tensor) else match[0][rows, None] == match[1][columns]
+        yield unit @ F.normalize(gallery[columns].float(), dim=1).T, matches.to(gallery.device)
 
 
 def _check_retrieval(query: Tensor, gallery: Tensor, match: Match) -> None:
@@ -56,7 +73,7 @@ def _check_retrieval(query: Tensor, gallery: Tensor, match: Match) -> None:
             raise ValueError(
                 f"match_rank: {name} must be floating-point [rows >= 1, D], got {tuple(rows.shape)} {rows.dtype}"
             )
-        if not rows.isfinite().all():
+        if not all(rows[block].isfinite().all() for block in _slices(len(rows), _BLOCK)):
             raise ValueError(f"match_rank: {name} has a NaN or infinite value")
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 What a pair has is the sum over D of what its coordinates have. A block of rows at a time is worked on: its tensors as
 [R, 1, D], the others' as [M, D] or, for the chosen ones of every row, [R, k, D]. `numbers` is how many numbers the work
-holds for a coordinate of a pair.
+holds for a coordinate of a pair. What a block leaves behind goes into one result: a list of small tensors between large
+temporary ones keeps the memory of all of these.
 """
 
 from __future__ import annotations
@@ -39,16 +40,22 @@ def check_k(op: str, k: int, columns: Tensor) -> None:
 
 def pairwise(values: Callable[[Tensors, Tensors], Tensor], rows: Tensors, columns: Tensors, numbers: int = 1) -> Tensor:
     """[N, M], of which `values(rows, columns)` makes [R, M]."""
-    return torch.cat(list(_values(values, rows, columns, numbers)))
+    result = rows[0].new_empty(rows[0].shape[0], columns[0].shape[0])
+    for some, block in _values(values, rows, columns, numbers):
+        result[some] = block
+    return result
 
 
 def nearest(
     values: Callable[[Tensors, Tensors], Tensor], rows: Tensors, columns: Tensors, k: int, numbers: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The k least of every row, ascending, and their columns: equal ones in this order, NaN last."""
-    ordered = (block.sort(dim=1, stable=True) for block in _values(values, rows, columns, numbers))
-    least, indices = zip(*((o.values[:, :k].clone(), o.indices[:, :k].clone()) for o in ordered))  # views keep blocks
-    return torch.cat(least), torch.cat(indices)
+    shape = (rows[0].shape[0], k)
+    least, indices = rows[0].new_empty(shape), rows[0].new_empty(shape, dtype=torch.int64)
+    for some, block in _values(values, rows, columns, numbers):
+        ordered = block.sort(dim=1, stable=True)
+        least[some], indices[some] = ordered.values[:, :k], ordered.indices[:, :k]
+    return least, indices
 
 
 def gradients(
@@ -63,21 +70,22 @@ def gradients(
 
     grad: [N, M], or [N, k] of the columns that `indices` chooses.
     """
-    of_rows, of_columns = [], [torch.zeros_like(t) for t in columns]
+    of_rows, of_columns = [torch.empty_like(t) for t in rows], [torch.zeros_like(t) for t in columns]
     for some in _blocks(rows[0], numbers * grad.shape[1]):
         chosen = None if indices is None else indices[some].flatten()
         others = columns if chosen is None else [_taken(t, chosen, grad.shape[1]) for t in columns]
         each = [grad[some, :, None] * slope for slope in slopes([t[some, None] for t in rows], others)]
-        of_rows.append([g.sum(1) for g in each[: len(rows)]])
+        for total, g in zip(of_rows, each):
+            total[some] = g.sum(1)
         for i, g in enumerate(each[len(rows) :]):
             total = of_columns[i]
             of_columns[i] = total + g.sum(0) if chosen is None else total.index_add(0, chosen, g.flatten(0, 1))
-    return [*(torch.cat(parts) for parts in zip(*of_rows)), *of_columns]
+    return [*of_rows, *of_columns]
 
 
-def _values(values, rows: Tensors, columns: Tensors, numbers: int) -> Iterator[Tensor]:
+def _values(values, rows: Tensors, columns: Tensors, numbers: int) -> Iterator[tuple[slice, Tensor]]:
     for some in _blocks(rows[0], numbers * columns[0].shape[0]):
-        yield values([t[some, None] for t in rows], columns)
+        yield some, values([t[some, None] for t in rows], columns)
 
 
 def _taken(t: Tensor, chosen: Tensor, k: int) -> Tensor:

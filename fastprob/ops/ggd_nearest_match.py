@@ -20,7 +20,7 @@ def _check(*, k, **arguments):
     inputs=match_inputs,
     sizes=((0, 3, 4), (1, 3, 1), (3, 3, 5), (5, 34, 67)),
     grid=({"k": 3},),
-    bench_sizes=((50, 100, 512), (1000, 1000, 512)),
+    bench_sizes=((10, 25, 512), (1000, 1000, 512)),
     elementwise=False,
 )
 def ggd_nearest_match(

@@ -45,7 +45,7 @@ def pair_gradient(grad, mu, inv_alpha, beta, other_mu, other_inv_alpha, other_be
     inputs=match_inputs,
     sizes=((0, 2, 4), (2, 0, 3), (1, 1, 1), (3, 4, 5), (5, 34, 67)),
     grid=({}, {"eps": 0.0}),
-    bench_sizes=((50, 100, 512), (1000, 1000, 512)),
+    bench_sizes=((10, 25, 512), (1000, 1000, 512)),
     elementwise=False,
 )
 def ggd_pairwise_match_nll(

@@ -200,11 +200,11 @@ class Tuned:
         weights, metadata = read_tensors("Tuned", path)
         if _FORMAT not in metadata:
             raise ValueError(f"Tuned: {path} must be of format {_FORMAT!r}, got {sorted(metadata)}")
-        about = json.loads(metadata[_FORMAT])
+        about = _read_about(path, metadata[_FORMAT])
         classnames, of = about["classnames"], about["encoder"]
         try:
             config = PromptConfig.of(about["config"])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"Tuned: {path} must have the options of this version: {error}") from error
         if encoder is None:
             try:
@@ -213,6 +213,24 @@ class Tuned:
                 raise ValueError(f"Tuned: the encoder of {path}, {of['model']}: {error}") from error
         if (fingerprint or encoder.fingerprint()) != of["fingerprint"]:
             raise ValueError(f"Tuned: {path} must be for {encoder}, got one for {of['model']}, {of['pretrained']}")
-        method = build(config, encoder, classnames)
-        method.load_state_dict(weights)
+        try:
+            method = build(config, encoder, classnames)
+            method.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"Tuned: {path} must hold what its options tune: {error}") from error
         return Tuned(method.eval(), config, encoder, classnames)
+
+
+def _read_about(path: str | os.PathLike, text: str) -> dict[str, Any]:
+    """What `Tuned.save` says of itself. Raises ValueError for anything else."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Tuned: {path} must say in JSON how it was tuned, got: {error}") from error
+    found = about if isinstance(about, dict) else {}
+    classnames, config, encoder = found.get("classnames"), found.get("config"), found.get("encoder")
+    whole = isinstance(config, dict) and isinstance(encoder, dict) and isinstance(classnames, list)
+    texts = whole and all(isinstance(each, str) for each in [*classnames, encoder.get("model")])
+    if not texts or not {"pretrained", "fingerprint"} <= encoder.keys():
+        raise ValueError(f"Tuned: {path} must say its classnames, config and encoder, got {about!r}")
+    return about

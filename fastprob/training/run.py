@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -175,7 +176,9 @@ class Run:
             "extras": {name: module.state_dict() for name, module in self.extras.items()},
             "random": random_state(self.device),
         }
-        write_atomically(self.directory / LAST, lambda path: torch.save(state, path))
+        buffer = io.BytesIO()  # on a full disk torch's own writer raises RuntimeError
+        torch.save(state, buffer)
+        write_atomically(self.directory / LAST, buffer.getvalue())
         history = json.dumps({"config": self.identity(), **self.history})
         write_atomically(self.directory / "history.json", history)
 
@@ -190,12 +193,21 @@ class Run:
             raise ValueError(f"fit: {path} must be a checkpoint, it can't be read: {error}") from error
         if not isinstance(state, dict) or state.get("format") != self.format:
             raise ValueError(f"fit: {path} must be a checkpoint of format {self.format!r}")
+        if not isinstance(state.get("identity"), dict):
+            raise ValueError(f"fit: {path} must be a checkpoint of a run, its state can't be used: it has no identity")
         for field, ours in self.identity().items():
             theirs = state["identity"].get(field)
             if theirs != ours:
                 raise ValueError(f"fit: {path} was trained with {field}={theirs!r}, got {field}={ours!r}")
+        try:
+            self._restore(state)
+        except Exception as error:  # of many kinds, where parts are missing or of another form
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"fit: {path} must be a checkpoint of a run, its state can't be used: {what}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.history = state["history"]
+        self.history = {**self.history, **state["history"]}
         self.losses.copy_(state["losses"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
