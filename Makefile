@@ -18,13 +18,19 @@ demo: $(INSTALLED)
 demo-prompts: $(INSTALLED)
 	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
 
-# Real pictures: towers over openclipart once (cached), adapters by cross weight and loss, and their report; needs a
-# network the first time. real is a seed of every setting, real-study all seeds and what decides the sign.
+# Real pictures: towers over openclipart once (cached), an adapter by the ordinary commands, then adapters by cross weight
+# and loss and their report. real is a seed of every setting, real-study all seeds and what decides the sign. The first
+# time it needs a network.
 REAL_OUT ?= real-out
 REAL := $(PYTHON) -m bench.real
 
 real: $(VENV)/.installed-real
 	$(REAL).fetch
+	parts=$$($(REAL).parts | tail -1) && for part in train val test; do $(VENV)/bin/fastprob embed \
+		--from-arrays $$parts/$$part/image.npy $$parts/$$part/text.npy --pairs $$parts/$$part/pairs.npy \
+		--captions $$parts/$$part/captions.txt --encoder-name openclipart-heads --out $(REAL_OUT)/$$part || exit; done
+	$(VENV)/bin/fastprob fit --store $(REAL_OUT)/train --val-store $(REAL_OUT)/val --out $(REAL_OUT)/adapter
+	$(VENV)/bin/fastprob eval --store $(REAL_OUT)/test --checkpoint $(REAL_OUT)/adapter --out $(REAL_OUT)/eval
 	$(REAL).study --first 12
 	$(REAL).report --out $(REAL_OUT)
 

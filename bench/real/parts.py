@@ -1,5 +1,7 @@
 """The embeddings that everything is trained and measured on, as arrays on disk, with what each caption is true of.
 
+    python -m bench.real.parts [--cache DIRECTORY]    makes openclipart's, and says where they are
+
 A part is a directory:
 
     image.npy [N, D], text [M, D] float32    pairs.npy [M] int64, the picture of each caption    captions.txt, M lines
@@ -10,6 +12,7 @@ The parts of openclipart are heads, train, val and test; those of DigitScenes ar
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +27,7 @@ from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import embed
 from fastprob.encoders import load_encoder
 
-from .fetch import DRAWINGS, PICTURES, fetch, work_directory
+from .fetch import DRAWINGS, PICTURES, cache_directory, fetch, work_directory
 from .openclipart import Picture, captions_of, find_pictures, split, truth
 from .towers import Rows, features, train_heads
 
@@ -75,9 +78,14 @@ class Part:
         return cls(PairedEmbeddings(image, text, pairs), captions, true, kind)
 
 
+def openclipart_directory(cache: Path) -> Path:
+    """Where its parts are kept."""
+    return work_directory(cache) / "openclipart"
+
+
 def openclipart(cache: Path) -> dict[str, Part]:
     """Part by name, made on the first call and kept in `cache`."""
-    root = work_directory(cache) / "openclipart"
+    root = openclipart_directory(cache)
     if not (root / "test").exists():
         _make_openclipart(cache, root)
     return {name: Part.load(root / name) for name in ("train", "val", "test")}
@@ -129,3 +137,15 @@ def _part(rows: Rows, members: list[Picture]) -> Part:
     data = PairedEmbeddings(rows.image, rows.text, rows.caption_image)
     kind = torch.tensor([caption.kind for caption in captions])
     return Part(data, [caption.text for caption in captions], truth(captions, members), kind)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, help="where what was fetched and made of it is kept")
+    cache = cache_directory(parser.parse_args().cache)
+    openclipart(cache)
+    print(openclipart_directory(cache))
+
+
+if __name__ == "__main__":
+    main()
