@@ -64,13 +64,13 @@ def draw_causes(runs: dict[tuple, Runs], path: Path) -> None:
 
 def _uncertainties(runs: dict[tuple, Runs], dataset: str) -> Iterator[tuple[str, list[Tensor], dict]]:
     """Label, uncertainty of distinct captions by seed, and look of every line."""
-    ways = {"plain": ("trained as it is", "o", "-"), "balanced": ("every caption equally often", "s", ":")}
+    ways = {"plain": ("", "o", "-"), "balanced": (", balanced", "s", ":")}
     for way, (said, marker, line) in ways.items():
         for weight, colour in zip(ENDS, COLOURS):
             key = dataset, "paper", weight, way, EPOCHS[dataset]
             if key in runs:
                 look = {"marker": marker, "linestyle": line, "color": colour}
-                yield f"uncertainty at weight {weight:g}, {said}", runs[key].distinct, look
+                yield f"uncertainty, weight {weight:g}{said}", runs[key].distinct, look
 
 
 def _by_ambiguity(ambiguity: Tensor) -> tuple[list[Tensor], list[float]]:

@@ -162,7 +162,7 @@ def _epoch_table(results: dict) -> str:
     header = ["data", "cross weight", "epochs", "training loss at the end", "Spearman with ambiguity", *QUERIES]
     return f"""## Epochs
 
-Gain, by length of training.
+Gain, by length of training; the loss still falls at the longest. The steps of an epoch are 6 and 16.
 
 {markdown(header, rows)}
 
