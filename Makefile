@@ -1,4 +1,4 @@
-# make demo | demo-prompts | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan |
+# make demo | demo-prompts | real | real-study | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan |
 # wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts test test-newest lint fmt bench emulate emulate-some emulated instructions asan wheel clean \
+.PHONY: demo demo-prompts real real-study test test-newest lint fmt bench emulate emulate-some emulated instructions asan wheel clean \
 	gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
@@ -17,6 +17,30 @@ demo: $(INSTALLED)
 
 demo-prompts: $(INSTALLED)
 	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
+
+# Real pictures: towers over openclipart once (cached), an adapter by the ordinary commands, then adapters by cross weight
+# and loss and their report. real is a seed of every setting, real-study all seeds and what decides the sign. The first
+# time it needs a network.
+REAL_OUT ?= real-out
+REAL := $(PYTHON) -m bench.real
+
+real: $(VENV)/.installed-real
+	$(REAL).fetch
+	parts=$$($(REAL).parts | tail -1) && for part in train val test; do $(VENV)/bin/fastprob embed \
+		--from-arrays $$parts/$$part/image.npy $$parts/$$part/text.npy --pairs $$parts/$$part/pairs.npy \
+		--captions $$parts/$$part/captions.txt --encoder-name openclipart-heads --out $(REAL_OUT)/$$part || exit; done
+	$(VENV)/bin/fastprob fit --store $(REAL_OUT)/train --val-store $(REAL_OUT)/val --out $(REAL_OUT)/adapter
+	$(VENV)/bin/fastprob eval --store $(REAL_OUT)/test --checkpoint $(REAL_OUT)/adapter --out $(REAL_OUT)/eval
+	$(REAL).study --first 12
+	$(REAL).report --out $(REAL_OUT)
+
+real-study: $(VENV)/.installed-real
+	$(REAL).study
+	$(REAL).report --out bench/results/real
+
+$(VENV)/.installed-real: $(INSTALLED)
+	$(PYTHON) -m pip install -q -c constraints.txt transformers
+	touch $@
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
