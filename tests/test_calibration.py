@@ -15,7 +15,7 @@ from fastprob.adapters import PairedEmbeddings, ProbVLM, predict, report
 from fastprob.evaluation import figures, retrieval
 from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
 from fastprob.evaluation.retrieval import match_rank, recall_at_k
-from fastprob.evaluation.statistics import spearman
+from fastprob.evaluation.statistics import mean_std, spearman
 from fastprob.evaluation.tables import markdown, percent
 
 
@@ -115,6 +115,12 @@ def test_arrays_and_lists_are_taken_for_tensors(kind):
         got = evaluate(taken, kind(doubt[:9]), kind(doubt[9:]), match=given, levels=3)
         assert str(got) == str(expected)  # NaN and all
     assert spearman(kind(doubt), kind(doubt)) == pytest.approx(1)
+
+
+def test_mean_and_deviation():
+    assert mean_std([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
+    assert mean_std(iter([0.25])) == (0.25, 0.0)
+    assert all(math.isnan(value) for value in mean_std([1.0, math.nan, 2.0]))
 
 
 def test_what_is_no_array_is_named():

@@ -81,10 +81,11 @@ Text -> image: S = {by_text.spearman:+.2f}, R2 = {by_text.r2:.2f} over {len(by_t
 
 
 def _of_study(settings: list[study.Setting]) -> str:
-    return f"""## What carries the calibration
+    return f"""## The cross weight
 
-Mean over {len(study.SEEDS)} seeds. S is the Spearman correlation of the uncertainty level with recall@1: -1 is right, \
-+1 is inverted. The released code's cross weight is 1e-4.
+Mean over {len(study.SEEDS)} seeds. S is the Spearman correlation of the uncertainty level with recall@1 of the scene \
+that a caption was written for: -1 is right, +1 is inverted. Where any scene that it is true of counts, it is the \
+other way round. The released code's cross weight is 1e-4.
 
 {study.table(settings)}
 

@@ -1,4 +1,4 @@
-"""What carries the calibration: the weight of the cross-modal terms, by text uncertainty and caption ambiguity."""
+"""What the weight of the cross-modal terms does on these scenes to text uncertainty, by calibration and ambiguity."""
 
 from __future__ import annotations
 
@@ -99,6 +99,6 @@ def draw(settings: Sequence[Setting], path: Path) -> None:
         label = f"cross weight {of.cross_weight:g}: S = {statistics.mean(of.spearmans):+.2f}"
         axes.plot(range(1, 1 + len(of.recall)), of.recall, "o-", label=label)
     axes.set(xlabel="level of predicted text uncertainty (1 = most certain)", ylabel="recall@1, text -> image")
-    axes.set_title("The cross-modal terms carry the calibration")
+    axes.set_title("Recall of the own scene, by cross weight")
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -1,18 +1,18 @@
 """Statistics that tables, figures and reports share."""
 
 import math
-import statistics
 from collections.abc import Iterable
 
+import numpy as np
 from torch import Tensor
 
 from fastprob._arguments import as_tensor
 
 
 def mean_std(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation of one value or more; the deviation of a single one is 0."""
-    values = list(values)
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and sample standard deviation of one value or more; the deviation of a single one is 0. NaN of any NaN."""
+    values = np.array(list(values), dtype=float)
+    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def spearman(x: Tensor, y: Tensor) -> float:

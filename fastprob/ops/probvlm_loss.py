@@ -86,8 +86,7 @@ def probvlm_loss(
         image_mu, image_inv_alpha, image_beta: the image adapter's distribution; text_* the text adapter's.
         image, text: the frozen embeddings. All eight of one shape, [B, D] as a rule, or that broadcast to one;
             ranges and dtypes as in `ggd_nll`. The embeddings get a gradient if they ask for one.
-        cross_weight: weight of the two cross-modal terms. 1 makes the predicted uncertainty follow ambiguity; the
-            released code's 1e-4 inverts it.
+        cross_weight: weight of the two cross-modal terms; 1e-4 in the released code.
         l1_weight, nll_weight: the released code's T1 and T2.
         form, eps, clamp_min, clamp_max: as in `ggd_nll`.
 
