@@ -18,26 +18,36 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 
-def write_atomically(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:
-    """Replace the file at `path` in one step: who reads it sees the old content or the new, also if the process dies.
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a new name beside `path` for a file to write; it replaces the file at `path` in one step at the end.
 
-    content: bytes, or text (UTF-8).
-    durable: flush to the disk first, so that a power cut too leaves one of the two; a full disk is then an OSError.
+    Who reads it sees the old content or the new, also if the process dies. What is left after an error is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        if durable:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a write's error names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes, *, durable: bool = False) -> None:
+    """Replace the file at `path` in one step, see `replaced`.
+
+    content: bytes, or text (UTF-8).
+    durable: flush to the disk first, so that a power cut too leaves one of the two; a full disk is then an OSError.
+    """
+    with replaced(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
 
 
 LOCK = ".lock"

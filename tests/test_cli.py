@@ -24,6 +24,7 @@ import fastprob.cli as cli
 from fastprob.adapters import ProbVLM, nll, predict
 from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data import digitscenes
+from fastprob.data.arrays import embed_arrays
 from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import EmbeddingStore, embed
 from fastprob.encoders import load_encoder
@@ -357,6 +358,70 @@ def test_no_space(capsys, tmp_path, model, stores, monkeypatch):
         assert f"{tmp_path / 'store'}: disk full (No space left): 0 of 200" in fail(capsys, *arguments)
     succeed(*arguments)
     assert_same_store(tmp_path / "store", stores / "val")
+
+
+# -------------------------------------------------------------------------------------- predict and rank
+
+
+def test_predict_writes_what_the_library_says(capsys, tmp_path, stores, run):
+    arguments = (
+        "predict",
+        "--store",
+        stores / "val",
+        "--checkpoint",
+        run,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    )
+    capsys.readouterr()
+    succeed(*arguments, "--passes", "3", "--levels", "4", "--seed", "5", "--format", "npy")
+    files = [tmp_path / "out" / name for name in ("images.npy", "image_mean.npy", "texts.npy", "text_mean.npy")]
+    assert capsys.readouterr().out.splitlines() == [str(file) for file in files]
+    expected = predict(
+        ProbVLM.load(run / "best.safetensors").text, EmbeddingStore(stores / "val").text, passes=3, seed=5
+    )
+    table = np.load(files[2])
+    assert torch.from_numpy(table["total"].copy()).allclose(expected.total.mean(1), rtol=1e-5)
+    assert sorted(set(table["level"].tolist())) == [1, 2, 3, 4]
+    assert "images.npy exists already" in fail(capsys, *arguments, "--format", "npy")
+    succeed(*arguments, "--format", "npy", "--overwrite")
+    assert sorted(set(np.load(files[2])["level"].tolist())) == list(range(1, 11))
+    assert "format must be one of" in fail(capsys, *arguments, "--format", "xls")
+
+
+def test_rank_takes_texts_files_and_rows(capsys, tmp_path, stores, run):
+    adapter = ("--store", stores / "val", "--checkpoint", run, "--device", "cpu")
+    store, scenes = EmbeddingStore(stores / "val"), DigitScenes("test")
+    scenes[7][0].save(tmp_path / "7.png")
+
+    def printed(query, *options):
+        capsys.readouterr()
+        succeed("rank", query, *adapter, *options)
+        return capsys.readouterr().out
+
+    assert printed(tmp_path / "7.png") == printed("image:7")  # by the encoder that the store names
+    assert printed(store.captions[12], "--top", "4") == printed("text:12", "--top", "4")
+    best = int((store.image @ store.text[12]).argmax())
+    assert printed("text:12").splitlines()[2].endswith(f"  {best}: {store.captions[5 * best]}")
+    assert printed("text:12", "--by", "likelihood") != printed("text:12")
+    assert "image rows of" in (error := fail(capsys, "rank", "image:200", *adapter)) and "are 0..199, got 200" in error
+    arrays = tmp_path / "arrays"
+    embed_arrays(store.image, store.text, arrays, pairs=store.caption_image, encoder_name="toy-cli", progress=False)
+    adapter = ("--store", arrays, "--checkpoint", run, "--device", "cpu")
+    assert "no encoder is known: query image:ROW or text:ROW" in fail(capsys, "rank", "a three", *adapter)
+    assert printed("image:7").count("\n") == 12
+
+
+def test_rank_needs_the_weights_of_the_store(capsys, tmp_path, stores, run, toy):
+    """The file is another since."""
+    other = shutil.copytree(stores / "val", tmp_path / "store")
+    metadata = json.loads((other / "metadata.json").read_text())
+    metadata["source"]["pretrained"] = str(toy / "toy-cli-1.pt")
+    (other / "metadata.json").write_text(json.dumps(metadata))
+    error = fail(capsys, "rank", "a three", "--store", other, "--checkpoint", run, "--device", "cpu")
+    assert f"is not the one that made {other}: its weights are others" in error
 
 
 # ------------------------------------------------------------------------------------- other people's data

@@ -1,10 +1,11 @@
-"""`fastprob embed`, `fit` and `eval`: ProbVLM on an embedding store."""
+"""`fastprob embed`, `fit`, `eval`, `predict` and `rank`: ProbVLM on an embedding store."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
+    from torch import Tensor
+
     from fastprob.adapters import ProbVLM
     from fastprob.data.store import EmbeddingStore
 
@@ -168,20 +171,28 @@ def fit(args: argparse.Namespace) -> None:
 
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", required=True, type=Path, help="embedding store to evaluate on")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
-    parser.add_argument("--out", type=Path, help="directory of report.json and figures (default: only print)")
-    parser.add_argument("--passes", type=int, default=20, help="dropout passes (default: 20; 0: aleatoric only)")
+    _add_adapter(parser)
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
+    parser.add_argument("--out", type=Path, help="directory of report.json and figures (default: only print)")
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", required=True, type=Path, help="embedding store")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
+    parser.add_argument("--passes", type=int, default=20, help="dropout passes (default: 20; 0: aleatoric only)")
     parser.add_argument("--seed", type=int, default=0, help="of the dropout passes (default: 0)")
     parser.add_argument("--device", help="default: CUDA where there is one")
+
+
+def _open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
+    store = open_store(args.store)
+    return store, _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     from fastprob.adapters.report import evaluate_store
 
-    store = open_store(args.store)
-    model = _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
+    store, model = _open_adapter(args)
     report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
@@ -199,6 +210,66 @@ def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
     if model.config["dim"] != store.dim:
         raise ValueError(f"{path} takes dimension {model.config['dim']}, {store.path} has {store.dim}")
     return model
+
+
+# -------------------------------------------------------------------------------------- predict, rank
+
+
+def predict_options(parser: argparse.ArgumentParser) -> None:
+    _add_adapter(parser)
+    parser.add_argument("--out", required=True, type=Path, help="directory of images, texts and their predicted means")
+    parser.add_argument("--format", default="csv", help="of the tables: csv, parquet or npy (default: csv)")
+    parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
+    parser.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
+
+
+def predict(args: argparse.Namespace) -> None:
+    from fastprob.adapters.predictions import write_predictions
+
+    store, model = _open_adapter(args)
+    options = {name: getattr(args, name) for name in ("format", "passes", "levels", "seed", "overwrite")}
+    print(*write_predictions(model, store, args.out, **options), sep="\n")
+
+
+def rank_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("query", help="a text, an image file, or image:ROW or text:ROW of the store")
+    _add_adapter(parser)
+    parser.add_argument("--top", type=int, default=10, help="matches to print, best first (default: 10)")
+    parser.add_argument("--by", default="cosine", help="what orders them: cosine or likelihood (default: cosine)")
+
+
+def rank(args: argparse.Namespace) -> None:
+    from fastprob.adapters.predictions import lines, rank
+
+    store, model = _open_adapter(args)
+    side, query = _query(args, store)
+    other = "text" if side == "image" else "image"
+    options = {name: getattr(args, name) for name in ("top", "by", "passes", "seed")}
+    ranking = rank(getattr(model, side), query, getattr(model, other), getattr(store, other), **options)
+    print(*lines(store, other, ranking), sep="\n")
+
+
+def _query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, Tensor]:
+    """Whether the query is an image or a text, and its embedding [D]."""
+    named = re.fullmatch(r"(image|text):(\d+)", args.query)
+    if named is not None:
+        side, row = named[1], int(named[2])
+        rows = getattr(store, side)
+        if row >= len(rows):
+            raise ValueError(f"rank: {side} rows of {store.path} are 0..{len(rows) - 1}, got {row}")
+        return side, rows[row]
+    from fastprob.data.images import open_rgb
+    from fastprob.encoders import load_encoder
+
+    about = store.encoder
+    if about["fingerprint"] is None:
+        raise ValueError(f"rank: {store.path} was made from arrays, no encoder is known: query image:ROW or text:ROW")
+    encoder = load_encoder(about["model"], pretrained=about["pretrained"], device=device_of(args.device))
+    if encoder.fingerprint() != about["fingerprint"]:
+        raise ValueError(f"rank: {encoder} is not the one that made {store.path}: its weights are others")
+    if Path(args.query).is_file():
+        return "image", encoder.encode_image(encoder.preprocess(open_rgb(Path(args.query)))[None])[0]
+    return "text", encoder.encode_text(encoder.tokenizer([args.query]))[0]
 
 
 # ------------------------------------------------------------------- the encoder that a run belongs to
@@ -238,4 +309,6 @@ COMMANDS = {
         "train a ProbVLM adapter on a store", fit_options, fit, "the same command with --resume goes on from there"
     ),
     "eval": Command("recall, likelihood and calibration of an adapter on a store", eval_options, evaluate),
+    "predict": Command("the uncertainty of every image and text of a store, as files", predict_options, predict),
+    "rank": Command("the matches of a text or image in a store, with their uncertainty", rank_options, rank),
 }

@@ -1,0 +1,206 @@
+"""What an adapter says of all images and texts of a store, as files; and of one query's matches there."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from tqdm import tqdm
+
+import fastprob
+from fastprob._files import replaced
+from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.uncertainty import predict
+from fastprob.data.store import EmbeddingStore
+from fastprob.evaluation.calibration import uncertainty_levels
+
+FORMATS = ("csv", "parquet", "npy")
+SIDES = ("image", "text")
+_ROWS = 16384
+"""Rows of [D] predictions held at a time: 130 MB in four tensors at D = 512."""
+
+
+def write_predictions(
+    model: ProbVLM,
+    store: EmbeddingStore,
+    directory: str | os.PathLike,
+    *,
+    format: str = "csv",
+    passes: int = 20,
+    levels: int = 10,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Write the predictions of every image and text of a store into `directory`; return the files.
+
+    images.csv   id (row, where the store has none), aleatoric, epistemic, total, level
+    texts.csv    image (its id), caption, and the same
+    image_mean.npy, text_mean.npy   the predicted means, [N, D] and [M, D] float32
+
+    Uncertainties are variances, means over D; level is 1 for the most certain of `levels` groups of equal count among
+    the images or texts, infinite variances in the last. Rows are in the store's order. Embeddings are streamed.
+
+    Args:
+        format: of the tables: "csv", "parquet" (with pyarrow), or "npy", a structured array of the numbers alone.
+        passes, seed: dropout passes, see `predict`.
+        overwrite: replace these files where they exist; no others are touched.
+
+    Raises:
+        ValueError: an option out of its range, fewer rows than levels, a file that exists, or as `predict`.
+        ImportError: for "parquet" without pyarrow.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"write_predictions: format must be one of {FORMATS}, got {format!r}")
+    if format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError("write_predictions: parquet needs pyarrow: pip install 'fastprob[parquet]'")
+    directory = Path(directory)
+    files = {side: (directory / f"{side}s.{format}", directory / f"{side}_mean.npy") for side in SIDES}
+    for path in (path for both in files.values() for path in both):
+        if path.exists() and not overwrite:
+            raise ValueError(f"write_predictions: {path} exists already; overwrite it or choose another directory")
+    for side, rows in (("image", store.image), ("text", store.text)):
+        if not 1 <= levels <= len(rows):
+            raise ValueError(f"write_predictions: levels must be from 1 to the {len(rows)} {side}s, got {levels}")
+    directory.mkdir(parents=True, exist_ok=True)
+    names = store.ids or [str(row) for row in range(len(store.image))]
+    with tqdm(total=len(store.image) + len(store.text), desc="predict", unit="row", disable=not progress) as bar:
+        for side, (table, mean) in files.items():
+            numbers = _predict_side(getattr(model, side), getattr(store, side), mean, passes, seed, bar)
+            numbers["level"] = 1 + uncertainty_levels(torch.from_numpy(numbers["total"]), levels).numpy()
+            texts = {"id": names} if side == "image" else {"image": _of(names, store), "caption": store.captions}
+            with replaced(table) as path:
+                _WRITERS[format](path, texts, numbers)
+    return [path for both in files.values() for path in both]
+
+
+def _of(names: list[str], store: EmbeddingStore) -> list[str]:
+    return [names[image] for image in store.caption_image.tolist()]
+
+
+def _predict_side(
+    adapter: GGDAdapter, rows: Tensor, mean: Path, passes: int, seed: int, bar: tqdm
+) -> dict[str, np.ndarray]:
+    """Write the means, [R, D]; return the uncertainties, [R] each."""
+    numbers = {name: np.empty(len(rows), np.float32) for name in ("aleatoric", "epistemic", "total")}
+    with replaced(mean) as path:
+        means = np.lib.format.open_memmap(path, "w+", np.float32, tuple(rows.shape))
+        for start in range(0, len(rows), _ROWS):
+            some = slice(start, start + _ROWS)
+            predicted = predict(adapter, rows[some], passes=passes, seed=seed)
+            means[some] = predicted.mu.numpy(force=True)
+            for name, values in numbers.items():
+                values[some] = getattr(predicted, name).mean(1).numpy(force=True)
+            bar.update(len(predicted.mu))
+        means.flush()
+    return numbers
+
+
+def _write_csv(path: Path, texts: dict[str, list[str]], numbers: dict[str, np.ndarray]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*texts, *numbers])
+        writer.writerows(zip(*texts.values(), *(values.astype(str) for values in numbers.values())))
+
+
+def _write_parquet(path: Path, texts: dict[str, list[str]], numbers: dict[str, np.ndarray]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({**texts, **numbers}), path)
+
+
+def _write_npy(path: Path, texts: dict[str, list[str]], numbers: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:
+        np.save(file, np.rec.fromarrays(list(numbers.values()), names=list(numbers)))
+
+
+_WRITERS = {"csv": _write_csv, "parquet": _write_parquet, "npy": _write_npy}
+
+
+# -------------------------------------------------------------------------------------------------- ranking
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A query's matches, best first; `rows` are the gallery's, the other three of as many numbers.
+
+    uncertainty: total, mean over D, of the query; uncertainties: of the matches; cosine: of the frozen embeddings;
+    log_likelihood: of a match's frozen embedding under the query's distribution, in nats per dimension, with all
+    constants.
+    """
+
+    uncertainty: float
+    rows: list[int]
+    cosine: list[float]
+    log_likelihood: list[float]
+    uncertainties: list[float]
+
+
+def rank(
+    of_query: GGDAdapter,
+    query: Tensor,
+    of_gallery: GGDAdapter,
+    gallery: Tensor,
+    *,
+    top: int = 10,
+    by: str = "cosine",
+    passes: int = 20,
+    seed: int = 0,
+) -> Ranking:
+    """The `top` items of a gallery [G, D] that match a query [D] best.
+
+    by: "cosine", as retrieval by the frozen encoder has it, or "likelihood", under the query's distribution.
+    passes, seed: dropout passes of the uncertainties, see `predict`.
+
+    Raises ValueError for an option out of its range.
+    """
+    if not 1 <= top <= len(gallery):
+        raise ValueError(f"rank: top must be from 1 to the {len(gallery)} items, got {top}")
+    if by not in ("cosine", "likelihood"):
+        raise ValueError(f"rank: by must be 'cosine' or 'likelihood', got {by!r}")
+    device = next(of_query.parameters()).device
+    query = query.to(device)
+    with torch.no_grad():
+        distribution = of_query(query[None])  # three of [1, D]
+        cosine = torch.cat([cosine_similarity(query, block.to(device)) for block in gallery.split(_ROWS)])
+        nll = torch.cat([_nll(distribution, block.to(device)) for block in gallery.split(_ROWS)])
+    rows = (cosine if by == "cosine" else -nll).argsort(descending=True, stable=True)[:top]
+    matches = predict(of_gallery, gallery[rows.cpu()], passes=passes, seed=seed).total.mean(1)
+    return Ranking(
+        uncertainty=float(predict(of_query, query[None], passes=passes, seed=seed).total.mean()),
+        rows=rows.tolist(),
+        cosine=cosine[rows].tolist(),
+        log_likelihood=(-nll[rows]).tolist(),
+        uncertainties=matches.tolist(),
+    )
+
+
+def _nll(distribution: Any, block: Tensor) -> Tensor:
+    """[B] nats per dimension: `ggd_pairwise_nll` leaves out log 2."""
+    return fastprob.ggd_pairwise_nll(*distribution, block)[0] / block.shape[1] + math.log(2)
+
+
+def lines(store: EmbeddingStore, side: str, ranking: Ranking) -> Iterator[str]:
+    """The ranking as a table of text: of images their names and first captions, of texts the captions."""
+    yield f"uncertainty of the query {ranking.uncertainty:.4g}"
+    yield "rank  cosine  log-likelihood  uncertainty  " + side
+    numbers = zip(ranking.rows, ranking.cosine, ranking.log_likelihood, ranking.uncertainties)
+    owners = store.caption_image
+    for place, (row, cosine, likelihood, uncertainty) in enumerate(numbers, start=1):
+        if side == "text":
+            name = store.captions[row]
+        else:
+            first = store.captions[int(torch.searchsorted(owners, row))]
+            name = f"{store.ids[row] if store.ids else row}: {first}"
+        yield f"{place:4d}  {cosine:6.3f}  {likelihood:14.4f}  {uncertainty:11.4g}  {name}"
