@@ -107,6 +107,25 @@ def wide(tmp_path_factory):
 # ------------------------------------------------------------------------------------------ the whole way
 
 
+def test_a_report_explains_its_figures_and_warns_of_inverted_ones():
+    def calibration(spearman):
+        return Calibration([1.0, 2.0], [0.5, 0.5], [1, 1], spearman, 0.25, {1: 0.5})
+
+    def told(image_to_text, text_to_image, match="image"):
+        evaluation = Evaluation(calibration(image_to_text), calibration(text_to_image))
+        return Report({}, match, 0, 0, 0.0, evaluation, torch.zeros(4), None).table()
+
+    assert "WARNING" not in told(-0.9, 0.5) and "WARNING" not in told(math.nan, -1.0)
+    right = told(-0.9, 0.73)
+    assert "-1 is right" in right and right.count("WARNING") == 1
+    assert right.splitlines()[-1] == (
+        "WARNING: text -> image is inverted: the more uncertain a query, the more often it is right (S +0.73)"
+    )
+    assert told(0.6, 0.7).count("WARNING: image -> text is inverted") == 1
+    assert "A match is the image that a caption was written for here." in right
+    assert "A match is an image of the caption's class here." in told(0.0, 0.0, match="class")
+
+
 def test_report_says_what_the_library_says(capsys, tmp_path, stores, run):
     capsys.readouterr()
     succeed("eval", "--store", stores / "val", "--checkpoint", run, "--out", tmp_path / "report", "--device", "cpu")

@@ -16,7 +16,7 @@ from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.training import nll
 from fastprob.adapters.uncertainty import predict
 from fastprob.data.store import EmbeddingStore
-from fastprob.evaluation.calibration import Calibration, Evaluation, evaluate
+from fastprob.evaluation.calibration import EXPLANATION, Calibration, Evaluation, evaluate
 from fastprob.evaluation.figures import recall_by_level, uncertainty_by_ambiguity
 from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
 from fastprob.evaluation.statistics import spearman
@@ -49,10 +49,16 @@ class Report:
         return None if self.ambiguity is None else spearman(self.ambiguity, self.text_uncertainty)
 
     def table(self) -> str:
-        """The report as text."""
+        """The report as text, with what its figures mean, and a warning where they are inverted."""
         lines = [self.evaluation.table(), "", f"NLL {self.nll:.4f} nats per dimension"]
         if self.ambiguity is not None:
             lines.append(f"Spearman of text uncertainty with caption ambiguity {self.ambiguity_spearman:.3f}")
+        rule = {"image": "the image that a caption was written for", "class": "an image of the caption's class"}
+        lines += ["", EXPLANATION, f"A match is {rule[self.match]} here."]
+        for name, calibration in self.evaluation.directions.items():
+            if calibration.inverted:
+                found = f"the more uncertain a query, the more often it is right (S {calibration.spearman:+.2f})"
+                lines.append(f"WARNING: {name} is inverted: {found}")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:

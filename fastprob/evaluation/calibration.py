@@ -45,6 +45,11 @@ class Calibration:
         """-S R^2."""
         return -self.spearman * self.r2
 
+    @property
+    def inverted(self) -> bool:
+        """Whether uncertain queries are right more often: S above 0.5, which ten random levels seldom reach."""
+        return self.spearman > 0.5
+
     def table(self) -> str:
         """A line a level, then the summary, as text."""
         rows = zip(self.uncertainty, self.recall, self.count, strict=True)
@@ -52,6 +57,12 @@ class Calibration:
         lines += [f"{level:5d}   {u:11.4g}   {r:8.3f}   {n:7d}" for level, (u, r, n) in enumerate(rows, 1)]
         recalls = "   ".join(f"recall@{k} {value:.3f}" for k, value in self.recall_at.items())
         return "\n".join([*lines, recalls, f"S {self.spearman:.3f}   R2 {self.r2:.3f}   -S*R2 {self.score:.3f}"])
+
+
+EXPLANATION = """\
+Queries are put into levels of equal count, the most certain first. S is the Spearman correlation of level and
+recall@1: -1 is right, 0 says nothing, +1 is inverted. R2 is how much of recall a straight line through the levels
+explains, 0 to 1; -S*R2 has both, 1 is best. What counts as a match decides the sign."""
 
 
 @dataclass(frozen=True)
