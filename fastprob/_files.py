@@ -12,7 +12,9 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -95,6 +97,22 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     write_atomically(path, data[:8] + header.encode().ljust(end - 8) + data[end:])
+
+
+def read_pickle(who: str, path: str | os.PathLike) -> Any:
+    """What `torch.save` wrote of tensors and plain types, on the CPU. Raises ValueError, as `who`, for another file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, where the file is damaged
+        why = (str(error).splitlines() or [type(error).__name__])[0]  # torch goes on to recommend to trust the file
+        raise ValueError(f"{who}: {path} must be a checkpoint, it can't be read: {why}") from error
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether these are tensors by name."""
+    return isinstance(value, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
 
 
 def read_tensors(who: str, path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

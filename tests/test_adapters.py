@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,32 @@ def test_released_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save(state, tmp_path / "part.pth")
     with pytest.raises(ValueError, match=r"text\.block_beta\.2\.bias"):
         ProbVLM.from_released(tmp_path / "part.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"garbage", "must be a checkpoint, it can't be read: "),
+        (b"", "must be a checkpoint, it can't be read: EOFError"),
+        ({"weight": Path("x")}, "must be a checkpoint, it can't be read: Weights only load failed"),
+        ([1, 2], "must hold img_BayesCap"),
+        ({"img_BayesCap.mod.0.weight": torch.zeros(3)}, "must hold img_BayesCap"),
+        ({"img_BayesCap.mod.0.weight": "x"}, "must hold img_BayesCap"),
+        ({"img_BayesCap.mod.0.weight": torch.zeros(3, 4), 5: torch.zeros(1)}, "must hold img_BayesCap"),
+        ({"img_BayesCap.mod.0.weight": torch.zeros(3, 4)}, "does not fit a ProbVLM of"),
+    ],
+)
+def test_what_is_no_released_checkpoint_is_refused(tmp_path, content, message):
+    file = tmp_path / "other.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=f"ProbVLM.from_released: .*other.pth {message}") as caught:
+        ProbVLM.from_released(file)
+    assert "weights_only=False" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        ProbVLM.from_released(tmp_path / "none.pth")
 
 
 def test_the_forward_is_the_documented_formula():

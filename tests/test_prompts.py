@@ -293,6 +293,10 @@ def test_released_checkpoints_load(model, tokenizer, tmp_path):
     other = CoOp(model, tokenizer, NAMES, context_length=L + 1)
     with pytest.raises(ValueError, match=r"(?s)CoOp: .*tar-50 must hold what it tunes: .*size mismatch"):
         other.load_released(tmp_path / "model.pth.tar-50")
+    for content in ([1], {"state_dict": {"ctx": 1}}, {"epoch": 3}):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=r"CoOp: .*other\.pth must be a checkpoint with a state dict"):
+            other.load_released(tmp_path / "other.pth")
 
 
 def test_image_prompts_without_effect_leave_the_features_alone(model):

@@ -14,12 +14,11 @@ Models", ICCV 2023, section 3.2 and its released code.
 import json
 import math
 import os
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fastprob._files import read_tensors, write_tensors
+from fastprob._files import is_state_dict, read_pickle, read_tensors, write_tensors
 
 EPS = 1e-4
 """Added to 1/alpha and to beta before either is used, in the losses and in the uncertainty alike."""
@@ -135,11 +134,11 @@ class ProbVLM(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: keys or shapes of another model.
+            ValueError: no such checkpoint, or keys or shapes of another model.
         """
-        released = torch.load(path, map_location="cpu", weights_only=True)
+        released = read_pickle("ProbVLM.from_released", path)
         where = f"ProbVLM.from_released: {path}"
-        first = released.get("img_BayesCap.mod.0.weight") if isinstance(released, Mapping) else None
+        first = released.get("img_BayesCap.mod.0.weight") if is_state_dict(released) else None
         if first is None or first.dim() != 2:
             raise ValueError(f"{where} must hold img_BayesCap.* and txt_BayesCap.* weights")
         hidden, dim = first.shape

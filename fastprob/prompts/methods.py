@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastprob._files import is_state_dict, read_pickle
 from fastprob.encoders.towers import ImageTower, TextTower
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.prototype_dispersion import prototype_dispersion
@@ -69,16 +70,18 @@ class _Prompted(nn.Module):
         Its buffers token_prefix and token_suffix, the frozen model's embeddings, are left out. Raises ValueError for a
         file with other weights.
         """
+        who = type(self).__name__
         with torch.serialization.safe_globals(_IN_RELEASED):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        state = {
-            name.removeprefix("prompt_learner."): weight for name, weight in state.get("state_dict", state).items()
-        }
+            state = read_pickle(who, file)
+        state = state.get("state_dict", state) if isinstance(state, dict) else None
+        if not is_state_dict(state):
+            raise ValueError(f"{who}: {file} must be a checkpoint with a state dict")
+        state = {name.removeprefix("prompt_learner."): weight for name, weight in state.items()}
         state = {name: weight for name, weight in state.items() if not name.startswith("token_")}
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{type(self).__name__}: {file} must hold what it tunes: {error}") from error
+            raise ValueError(f"{who}: {file} must hold what it tunes: {error}") from error
 
 
 def _text_side(

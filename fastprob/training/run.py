@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastprob._files import locked, write_atomically
+from fastprob._files import locked, read_pickle, write_atomically
 from fastprob.training.distributed import average, on_any, rank
 from fastprob.training.random import random_state, set_random_state
 
@@ -185,12 +185,7 @@ class Run:
     def load(self) -> None:
         """Restore what `save` wrote. Raises FileNotFoundError, or ValueError naming what differs from this run."""
         path = self.directory / LAST
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # of many kinds, where the file is damaged
-            raise ValueError(f"fit: {path} must be a checkpoint, it can't be read: {error}") from error
+        state = read_pickle("fit", path)
         if not isinstance(state, dict) or state.get("format") != self.format:
             raise ValueError(f"fit: {path} must be a checkpoint of format {self.format!r}")
         if not isinstance(state.get("identity"), dict):
