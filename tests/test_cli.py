@@ -27,8 +27,8 @@ from fastprob.data import digitscenes
 from fastprob.data.arrays import embed_arrays
 from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.store import EmbeddingStore, embed
+from fastprob.data.tokens import Lost
 from fastprob.encoders import load_encoder
-from fastprob.encoders.tokens import Lost
 from fastprob.evaluation.calibration import Calibration, Evaluation, calibrate, uncertainty_levels
 from fastprob.evaluation.retrieval import recall_at_k
 from fastprob.evaluation.statistics import spearman
@@ -237,6 +237,13 @@ def test_help_and_mistyped_options_wait_for_nothing():
 def test_info_waits_for_nothing_else():
     output, code, modules = imported_by("info")
     assert code == 0 and "probvlm_loss" in output and modules == []
+
+
+@pytest.mark.parametrize("command", [("eval",), ("rank", "text:3")])
+def test_what_is_stored_waits_for_no_encoder(stores, run, command):
+    adapter = ("--store", str(stores / "val"), "--checkpoint", str(run), "--passes", "0", "--device", "cpu")
+    _, code, modules = imported_by(*command, *adapter)
+    assert (code, modules) == (0, [])
 
 
 def test_module_is_the_command():

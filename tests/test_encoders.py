@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastprob.data import tokens
 from fastprob.data.digitscenes import PLACES, RELATIONS, Caption, DigitScenes
-from fastprob.encoders import load_encoder, tiny, tokens
-from fastprob.encoders.tokens import Lost, lost
+from fastprob.data.tokens import Lost, lost
+from fastprob.encoders import load_encoder, tiny
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from fastprob._files import is_scratch, locked
 from fastprob.data import store_format as on_disk
 from fastprob.data.images import described
 from fastprob.data.store_format import AMBIGUITY, CAPTIONS, DATA_FILES, IMAGE, LOST, TEXT
-from fastprob.encoders.tokens import Lost, lost
+from fastprob.data.tokens import Lost, lost
 
 
 class EmbeddingStore:
