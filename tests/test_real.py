@@ -90,6 +90,16 @@ def test_a_cut_download_goes_on(server, tmp_path):
     assert server.asked == ["bytes=10-"]
 
 
+def test_a_connection_that_ends_early_is_told_and_loses_nothing(server, tmp_path):
+    wanted = source(server, content := wheel({"a.txt": b"a"}))
+    server.content = content[:30]
+    with pytest.raises(OSError, match=f"ended after 30 of {len(content)} bytes; the next call goes on from there"):
+        fetch.fetch(wanted, tmp_path)
+    server.content = content
+    assert (fetch.fetch(wanted, tmp_path) / "a.txt").read_bytes() == b"a"
+    assert server.asked == [None, "bytes=30-"]
+
+
 def test_another_checksum_is_refused_and_deleted(server, tmp_path):
     wanted = source(server, wheel({"a.txt": b"a"}))
     server.content = server.content[::-1]

@@ -151,6 +151,9 @@ def _receive(source: Source, part: Path) -> None:
             while block := answer.read(_CHUNK):
                 file.write(block)
                 bar.update(len(block))
+    got = part.stat().st_size
+    if got < source.size:  # reading in blocks does not notice a connection that ends early
+        raise OSError(f"fetch: {source.url} ended after {got} of {source.size} bytes; the next call goes on from there")
 
 
 def _sha256(path: Path) -> str:
