@@ -50,13 +50,13 @@ def check(name: str, tensors) -> None:
             actual = value_and_grads(function, tensors)
         for what, a, r, t in zip(outputs, actual, reference, truth):
             exempt_here = exempt if exempt.shape in ((), t.shape) else False
-            if what.startswith("gradient") and t.dim() and t.numel():
+            if "seed" in op.options and what.startswith("gradient") and t.numel():
                 exempt_here = exempt_here | at_a_kink(a, t)
             tests_conftest.assert_within_budget(a, r, t, f"{name} by {backend}, {what}", exempt_here)
 
 
 def at_a_kink(actual: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """The worst row in a hundred, and no more: where a ReLU takes nearly 0, rounding decides what its gradient is."""
+    """The worst row in a hundred of networks with a ReLU, and no more: where it takes nearly 0, rounding decides."""
     error = (actual - truth).abs().reshape(len(truth), -1).amax(1)
     worst = torch.zeros_like(error, dtype=torch.bool)
     worst[error.argsort(descending=True)[: len(truth) // 100]] = True
