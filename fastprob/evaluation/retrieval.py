@@ -1,7 +1,7 @@
 """Retrieval by cosine similarity of frozen embeddings: where each query's first match stands."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,11 @@ def match_ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, T
 
 def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor, int | None]:
     """Ranks of both directions, and the first gallery item without a match, if there is one."""
-    blocks = _Blocks(*_checked(query, gallery, match))
-    sizes, device = (len(query), len(gallery)), blocks.gallery.device
+    query, gallery, match = _checked(query, gallery, match)
+    truth, sizes, device = _Truth(match), (len(query), len(gallery)), gallery.device
     best = [torch.full((size,), -math.inf, device=device) for size in sizes]
-    for similarity, matches, places in blocks.products(every=False):
-        similarity.masked_fill_(~matches, -math.inf)
+    for similarity, places in products(query, gallery, "matches", truth.orders, truth.any):
+        similarity.masked_fill_(~truth(*places).to(device), -math.inf)
         for here, of, along in zip(best, places, (1, 0)):
             here[of] = torch.maximum(here[of], similarity.amax(along))
     bare, lonely = ((each.isinf().nonzero()[:1, 0].tolist() or [None])[0] for each in best)
@@ -62,9 +62,9 @@ def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor
         raise ValueError(f"match_rank: every query needs a match, query {bare} has none")
     before = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
     above = torch.empty(0, device=device)
-    for similarity, matches, places in blocks.products(every=True):
-        if matches is not None:
-            similarity.masked_fill_(matches, -math.inf)
+    for similarity, places in products(query, gallery, "ranks", truth.orders):
+        if truth.any(*places):
+            similarity.masked_fill_(truth(*places).to(device), -math.inf)
         above.resize_(similarity.shape)
         for here, bar, of, along in zip(before, best, places, (1, 0)):
             torch.gt(similarity, (bar[of] - _TIE).unsqueeze(along), out=above)
@@ -72,43 +72,58 @@ def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor
     return before[0].cpu(), before[1].cpu(), lonely
 
 
-class _Blocks:
-    """Similarities of all queries and gallery items, block by block, in an order that brings matches together."""
+def products(
+    query: Tensor,
+    gallery: Tensor,
+    name: str,
+    orders: tuple[Tensor, Tensor] | None = None,
+    wanted: Callable[[Tensor, Tensor], bool] | None = None,
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Yield the cosine similarities of all queries and gallery items, block by block.
 
-    def __init__(self, query: Tensor, gallery: Tensor, match: Match):
-        self.query, self.gallery, self.match = query, gallery, match
-        if isinstance(match, tuple):  # equal ids stand side by side: few blocks have a match
-            orders = [ids.argsort(stable=True) for ids in match]
+    A block is [B, C] float32, on the gallery's device and overwritten by the next, with whose it is: [B] and [C].
+
+    Args:
+        name: of the progress bar, which a quick run does not show.
+        orders: in which the queries and the items are taken, [Q] and [G] (default: as they come).
+        wanted: of whose block; blocks that are not are left out.
+    """
+    orders = orders or (torch.arange(len(query)), torch.arange(len(gallery)))
+    product = torch.empty(0, device=gallery.device)
+    for rows in tqdm(orders[0].split(_ROWS), name, unit="block", delay=5, leave=False):
+        unit = _unit(query[rows].to(gallery.device))
+        for columns in orders[1].split(_COLUMNS):
+            if wanted is None or wanted(rows, columns):
+                product.resize_(len(rows), len(columns))
+                yield torch.mm(unit, _unit(gallery[columns]).T, out=product), (rows, columns)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows.float(), dim=1)
+
+
+class _Truth:
+    """Which queries and gallery items match, and the orders of both that bring matches together in few blocks."""
+
+    def __init__(self, match: Match):
+        self.match = match
+        if isinstance(match, tuple):
+            self.orders = match[0].argsort(stable=True), match[1].argsort(stable=True)
         else:
-            orders = [torch.arange(len(rows)) for rows in (query, gallery)]
-        self.rows, self.columns = orders[0].split(_ROWS), orders[1].split(_COLUMNS)
+            self.orders = torch.arange(match.shape[0]), torch.arange(match.shape[1])
 
-    def products(self, every: bool) -> Iterator[tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]]:
-        """Yield cosine similarities [B, C], which of them match (None where none does), and whose they are, [B], [C].
+    def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Of a block, [B, C] bool."""
+        if isinstance(self.match, tuple):
+            return self.match[0][rows, None] == self.match[1][columns]
+        return self.match[rows[:, None], columns]
 
-        Unless `every`, blocks without a match are left out. A block is overwritten by the next.
-        """
-        product = torch.empty(0, device=self.gallery.device)
-        for rows in tqdm(self.rows, "ranks" if every else "matches", unit="block", delay=5, leave=False):
-            unit = self._unit(self.query, rows)
-            for columns in self.columns:
-                matches = self._matches(rows, columns)
-                if every or matches is not None:
-                    product.resize_(len(rows), len(columns))
-                    torch.mm(unit, self._unit(self.gallery, columns).T, out=product)
-                    yield product, matches, (rows, columns)
-
-    def _unit(self, rows: Tensor, which: Tensor) -> Tensor:
-        return F.normalize(rows[which].to(self.gallery.device).float(), dim=1)
-
-    def _matches(self, rows: Tensor, columns: Tensor) -> Tensor | None:
-        if isinstance(self.match, Tensor):
-            matches = self.match[rows[:, None], columns]
-            return matches.to(self.gallery.device) if matches.any() else None
-        ids, others = self.match[0][rows], self.match[1][columns]  # both sorted
-        if ids[-1] < others[0] or others[-1] < ids[0]:
-            return None
-        return (ids[:, None] == others).to(self.gallery.device)
+    def any(self, rows: Tensor, columns: Tensor) -> bool:
+        """Whether a block has matches; of ids, whether it may have: both are sorted."""
+        if isinstance(self.match, tuple):
+            ids, others = self.match[0][rows], self.match[1][columns]
+            return bool(ids[0] <= others[-1] and others[0] <= ids[-1])
+        return bool(self(rows, columns).any())
 
 
 def _checked(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor, Match]:
