@@ -28,8 +28,8 @@ from fastprob.data.store import embed
 from fastprob.encoders import load_encoder
 
 from .fetch import DRAWINGS, PICTURES, cache_directory, fetch, work_directory
-from .openclipart import Picture, captions_of, find_pictures, split, truth
-from .towers import Rows, features, train_heads
+from .openclipart import Caption, Picture, captions_of, find_pictures, split, truth
+from .towers import Head, Rows, features, train_heads
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,59 @@ def _embed_scenes(name: str, cache: Path) -> Part:
     return Part(data, store.captions, scenes.matches(), scenes.caption_level)
 
 
-def _make_openclipart(cache: Path, root: Path) -> None:
+@dataclass(frozen=True)
+class Gathered:
+    """Openclipart's pictures, the captions of each, and all texts among these, once."""
+
+    pictures: list[Picture]
+    captions: list[list[Caption]]
+    texts: list[str]
+
+
+def gather(cache: Path) -> Gathered:
+    """All of openclipart that is used."""
     pictures = find_pictures(fetch(DRAWINGS, cache), fetch(PICTURES, cache))
     captions = [captions_of(picture) for picture in pictures]
-    row = {text: i for i, text in enumerate(sorted({caption.text for each in captions for caption in each}))}
-    image, text = features(pictures, list(row), cache)
-    own = [torch.tensor([row[caption.text] for caption in each]) for each in captions]
-    parts = split(len(pictures))
-    image_head, text_head = train_heads(_rows(image, text, own, parts["heads"]))
-    with torch.no_grad():
-        image, text = image_head(image), text_head(text)
+    return Gathered(pictures, captions, sorted({caption.text for each in captions for caption in each}))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Openclipart through its towers: features of all pictures and texts, whose these are, and the heads on them."""
+
+    pictures: list[Picture]
+    image: Tensor  # [N, 1280]
+    text: Tensor  # [U, 384]
+    own: list[Tensor]  # of each picture, the rows of its captions' texts
+    heads: tuple[Head, Head]  # of images and of texts
+
+    def rows(self, part: str) -> Rows:
+        """Features of a part's pictures and captions."""
+        return _rows(self.image, self.text, self.own, split(len(self.pictures))[part])
+
+    def members(self, part: str) -> list[Picture]:
+        """The pictures of a part."""
+        return [self.pictures[i] for i in split(len(self.pictures))[part]]
+
+
+def encode_openclipart(cache: Path) -> Encoded:
+    """The features are kept in `cache`; the heads are trained anew, always to the same weights."""
+    found = gather(cache)
+    image, text = features(found.pictures, found.texts, cache)
+    row = {text: i for i, text in enumerate(found.texts)}
+    own = [torch.tensor([row[caption.text] for caption in each]) for each in found.captions]
+    heads = train_heads(_rows(image, text, own, split(len(own))["heads"]))
+    return Encoded(found.pictures, image, text, own, heads)
+
+
+@torch.no_grad()
+def _make_openclipart(cache: Path, root: Path) -> None:
+    encoded = encode_openclipart(cache)
+    image_head, text_head = encoded.heads
     for name in ("train", "val", "test"):
-        rows, members = _rows(image, text, own, parts[name]), [pictures[i] for i in parts[name]]
-        _part(rows, members).save(root / name)
+        rows = encoded.rows(name)
+        unit = Rows(image_head(rows.image), text_head(rows.text), rows.caption_image)
+        _part(unit, encoded.members(name)).save(root / name)
 
 
 def _rows(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
