@@ -32,7 +32,7 @@ from .fetch import cache_directory
 from .measures import Judge, level_spearman, seeds_interval
 from .parts import SETS
 from .rivals import EPOCHS, FREE, METHODS, SEEDS, Found, Trial, load, make, noisy, trials
-from .uncertainty_report import OURS, draw_risk, text
+from .uncertainty_report import LESS, OURS, draw_risk, text
 
 OUT = Path("bench/results/real")
 SIDE = {"text -> image": "text", "image -> text": "image"}
@@ -93,7 +93,7 @@ def judged(rival: Rival, ours: Rival, judge: Judge) -> dict[str, dict]:
         others = [Ranked(score, wrong) for score in ours.of(direction, rule)[: len(scores)]]
         one = {
             "AURC": _interval([each.aurc() for each in ranked], [each.aurc(draws) for each in ranked]),
-            "AURC, less that of p(wrong)": _interval(
+            LESS: _interval(
                 [one.aurc() - other.aurc() for one, other in zip(ranked, others)],
                 [one.aurc(draws) - other.aurc(draws) for one, other in zip(ranked, others)],
             ),
