@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from fastprob.adapters import PairedEmbeddings, ProbVLM, predict, report
 from fastprob.evaluation import figures, retrieval
 from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
-from fastprob.evaluation.retrieval import match_rank, match_ranks, recall_at_k
+from fastprob.evaluation.retrieval import find_matches, match_rank, recall_at_k
 from fastprob.evaluation.statistics import mean_std, spearman
 from fastprob.evaluation.tables import markdown, percent
 
@@ -84,10 +84,11 @@ def test_ranks_against_brute_force(monkeypatch, rows, columns, kind):
     match = matrix if kind == "matrix" else ids
     reverse = match.T if kind == "matrix" else match[::-1]
     assert match_rank(query, gallery, match).tolist() == expected
-    assert [each.tolist() for each in match_ranks(query, gallery, match)] == [
-        expected,
-        match_rank(gallery, query, reverse).tolist(),
-    ]
+    found = find_matches(query, gallery, match)
+    assert [each.rank.tolist() for each in found] == [expected, match_rank(gallery, query, reverse).tolist()]
+    similar = cosine_similarity(query[:, None], gallery, dim=2)
+    for each, along in zip(found, (1, 0)):
+        assert each.first.tolist() == pytest.approx(similar.amax(along).tolist(), abs=1e-6)
     for k in (1, 3, 17):
         assert recall_at_k(query, gallery, match, k) == pytest.approx(sum(e < k for e in expected) / 31)
 
@@ -95,10 +96,10 @@ def test_ranks_against_brute_force(monkeypatch, rows, columns, kind):
 def test_ranks_of_both_directions_want_a_match_of_both():
     rows, ids = torch.eye(3), torch.arange(3)
     assert match_rank(rows[:2], rows, (ids[:2], ids)).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="match_ranks: every gallery item needs a match, item 2 has none"):
-        match_ranks(rows[:2], rows, (ids[:2], ids))
+    with pytest.raises(ValueError, match="find_matches: every gallery item needs a match, item 2 has none"):
+        find_matches(rows[:2], rows, (ids[:2], ids))
     with pytest.raises(ValueError, match="match_rank: every query needs a match, query 2 has none"):
-        match_ranks(rows, rows[:2], (ids, ids[:2]))
+        find_matches(rows, rows[:2], (ids, ids[:2]))
 
 
 def test_a_tie_with_the_best_match_counts_against_it():

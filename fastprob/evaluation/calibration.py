@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprob._arguments import as_tensor
 from fastprob.data.pairs import Paired, check_paired
-from fastprob.evaluation.retrieval import Match, match_rank, match_ranks
+from fastprob.evaluation.retrieval import Match, find_matches, match_rank
 from fastprob.evaluation.statistics import pearson, spearman
 
 
@@ -111,7 +111,7 @@ def evaluate(
         match = torch.arange(len(data.image)), data.caption_image
     counts = len(data.image), len(data.text)
     scores = [_checked(*each, levels) for each in zip((image_uncertainty, text_uncertainty), counts)]
-    ranks = match_ranks(data.image, data.text, match)
+    ranks = (found.rank for found in find_matches(data.image, data.text, match))
     return Evaluation(*(_calibration(*each, levels) for each in zip(ranks, scores, counts[::-1])))
 
 

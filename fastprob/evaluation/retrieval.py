@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +35,30 @@ def match_rank(query: Tensor, gallery: Tensor, match: Match) -> Tensor:
     and errors as in `calibrate`. Works through blocks of queries and gallery, which may be memory-mapped; what it
     holds depends on D alone.
     """
-    return _ranks(query, gallery, match)[0]
+    return _found(query, gallery, match)[0].rank
 
 
-def match_ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor]:
-    """`match_rank` of the queries in the gallery [Q] and of the gallery items in the queries [G], for one's cost.
+@dataclass(frozen=True)
+class Found:
+    """What queries find: the rank of each one's best match, see `match_rank`, and the cosine of its first item."""
+
+    rank: Tensor
+    first: Tensor
+
+
+def find_matches(query: Tensor, gallery: Tensor, match: Match) -> tuple[Found, Found]:
+    """What the queries [Q] find in the gallery, and the gallery items [G] among the queries, for one's cost.
 
     Raises ValueError as `match_rank`, and for a gallery item without a match.
     """
-    of_query, of_gallery, lonely = _ranks(query, gallery, match)
+    of_query, of_gallery, lonely = _found(query, gallery, match)
     if lonely is not None:
-        raise ValueError(f"match_ranks: every gallery item needs a match, item {lonely} has none")
+        raise ValueError(f"find_matches: every gallery item needs a match, item {lonely} has none")
     return of_query, of_gallery
 
 
-def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor, int | None]:
-    """Ranks of both directions, and the first gallery item without a match, if there is one."""
+def _found(query: Tensor, gallery: Tensor, match: Match) -> tuple[Found, Found, int | None]:
+    """What both directions find, and the first gallery item without a match, if there is one."""
     query, gallery, match = _checked(query, gallery, match)
     truth, sizes, device = _Truth(match), (len(query), len(gallery)), gallery.device
     best = [torch.full((size,), -math.inf, device=device) for size in sizes]
@@ -61,15 +70,18 @@ def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor
     if bare is not None:
         raise ValueError(f"match_rank: every query needs a match, query {bare} has none")
     before = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
-    above = torch.empty(0, device=device)
+    first, above = [each.clone() for each in best], torch.empty(0, device=device)
     for similarity, places in products(query, gallery, "ranks", truth.orders):
+        for here, of, along in zip(first, places, (1, 0)):
+            here[of] = torch.maximum(here[of], similarity.amax(along))
         if truth.any(*places):
             similarity.masked_fill_(truth(*places).to(device), -math.inf)
         above.resize_(similarity.shape)
         for here, bar, of, along in zip(before, best, places, (1, 0)):
             torch.gt(similarity, (bar[of] - _TIE).unsqueeze(along), out=above)
             here[of] += above.sum(along).long()  # sums of 0 and 1, exact up to 2^24; faster than those of bool
-    return before[0].cpu(), before[1].cpu(), lonely
+    of_query, of_gallery = (Found(rank.cpu(), nearest.cpu()) for rank, nearest in zip(before, first))
+    return of_query, of_gallery, lonely
 
 
 def products(
