@@ -41,8 +41,8 @@ class TrainConfig:
     """Everything that determines a run, with the data and the device.
 
     `cross_weight` 1.0 and form "paper" are the paper's; the released code has "released", cross_weight=1e-4,
-    l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (README). `hidden`,
-    `dropout` and `positive` as in `GGDAdapter`.
+    l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (docs/uncertainty.md).
+    `hidden`, `dropout` and `positive` as in `GGDAdapter`.
 
     Raises:
         ValueError: a value out of its range.
