@@ -6,6 +6,8 @@
     imagenet/                                train/, val/ and test/ with a folder of images for each class; without
                                              test/, val/ is the test split; val/ may be missing; in classnames.txt,
                                              lines "folder name" give the classes other names than their folders'
+
+`open_splits` takes these.
 """
 
 from __future__ import annotations
