@@ -52,7 +52,9 @@ class Snippet:
 
 def snippets(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for found in SNIPPET.finditer(text):
+    every = list(SNIPPET.finditer(text))
+    assert len(re.findall("^ *```", text, re.MULTILINE)) == 2 * len(every), f"{page}: snippets are python or sh"
+    for found in every:
         code = re.sub(f"^{found['indent']}", "", found["code"], flags=re.MULTILINE)
         yield Snippet(found["language"], code, text.count("\n", 0, found.start("code")), found["reason"])
 
@@ -92,29 +94,24 @@ def files(tmp_path_factory):
     return directory
 
 
-def given(tokenizer_of):
+def given():
     """What README's snippets take as given, of the arrays in this directory: each image with its first text."""
     image, owner = (torch.from_numpy(np.load(f"{name}.npy")) for name in ("image", "pairs"))
-    text = torch.from_numpy(np.load("text.npy"))[torch.searchsorted(owner, torch.arange(len(image)))]
-    adapter, other = GGDAdapter(image.shape[1]), GGDAdapter(image.shape[1])
-    mu, inv_alpha, beta = distribution = adapter(image)
-    of_text = other(text)
-    return {
-        "image": image,
-        "text": text,
-        "caption_image": torch.arange(len(text)),
-        "target": text,
-        **{"mu": mu, "inv_alpha": inv_alpha, "beta": beta},
-        **{"image_distribution": distribution, "text_distribution": of_text, "own_text": of_text},
-        **{"image_mean": mu, "image_variance": fastprob.ggd_variance(inv_alpha, beta)},
-        **{"text_mean": of_text[0], "text_variance": fastprob.ggd_variance(*of_text[1:])},
-        **{"class_embeddings": text[:10], "prototypes": text[:10]},
-        **{"features": image, "labels": torch.arange(len(image)) % 10},
-        **{"hidden": adapter.before_dropout(image), "constant": image, "fold": adapter.after_dropout.weight},
-        **{"last": adapter.block_mu[-1].weight, "any_module": adapter.mod, "x": image},
-        **{"classnames": list(digitscenes.NAMES), "tokenizer": tokenizer_of, "ctx": torch.zeros(16, 32)},
-        "images": torch.rand(4, 3, 16, 16),
-    }
+    x = features = constant = image
+    caption_image = torch.arange(len(image))
+    text = target = torch.from_numpy(np.load("text.npy"))[torch.searchsorted(owner, caption_image)]
+    class_embeddings = prototypes = text[:10]
+    labels = caption_image % 10
+    adapter = any_module = GGDAdapter(image.shape[1])
+    image_distribution, text_distribution = adapter(image), GGDAdapter(image.shape[1])(text)
+    image_mean, text_mean = image_distribution[0], text_distribution[0]
+    image_variance, text_variance = (fastprob.ggd_variance(*of[1:]) for of in (image_distribution, text_distribution))
+    own_text = text_distribution
+    mu, inv_alpha, beta = image_distribution
+    hidden, fold, last = adapter.before_dropout(image), adapter.after_dropout.weight, adapter.block_mu[-1].weight
+    classnames, tokenizer = list(digitscenes.NAMES), open_clip.get_tokenizer("stand-in")
+    ctx, images = torch.zeros(16, 32), torch.rand(4, 3, 16, 16)
+    return locals()
 
 
 def run_command(line):
@@ -128,11 +125,9 @@ def run_command(line):
 def test_snippets_run_as_they_are_typed(page, files, stand_in, tmp_path, monkeypatch):
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    names = given(open_clip.get_tokenizer("stand-in"))
-    for snippet in snippets(page):
+    names = given()
+    for snippet in (each for each in snippets(page) if each.reason is None):
         code = re.sub("|".join(stand_in), lambda found: stand_in[found[0]], snippet.code)
-        if snippet.reason:
-            continue
         if snippet.language == "python":
             exec(compile("\n" * snippet.line + code, page, "exec"), names)
         else:
