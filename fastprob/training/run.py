@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class Run:
     of the run and of an epoch; scaler: of a loss in float16; extras: modules that change without a gradient, such as an
     average of the weights or a queue of embeddings, by name.
     """
+
+    identity_before: ClassVar[Mapping[str, Any]] = {}
+    """What runs had in common that were saved before `identity` named it."""
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class Run:
         if not isinstance(state.get("identity"), dict):
             raise ValueError(f"fit: {path} must be a checkpoint of a run, its state can't be used: it has no identity")
         for field, ours in self.identity().items():
-            theirs = state["identity"].get(field)
+            theirs = state["identity"].get(field, self.identity_before.get(field))
             if theirs != ours:
                 raise ValueError(f"fit: {path} was trained with {field}={theirs!r}, got {field}={ours!r}")
         try:
