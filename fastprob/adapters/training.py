@@ -52,9 +52,9 @@ class TrainConfig:
     """Everything that determines a run, with the data and the device.
 
     `cross_weight` 1.0 and form "paper" are the paper's; the released code has "released", cross_weight=1e-4,
-    l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (README). `cross`
-    "delta" is the two cross terms of both, "exact" the likelihood that they approximate, for form "paper" alone (the
-    other's residual is of no density); the head of this module has both formulas and what a weight is in each.
+    l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (docs/uncertainty.md).
+    `cross` "delta" is the two cross terms of both, "exact" the likelihood that they approximate, for form "paper" alone
+    (the other's residual is of no density); the head of this module has both formulas and what a weight is in each.
     `hidden`, `dropout` and `positive` as in `GGDAdapter`.
 
     Raises:
