@@ -35,6 +35,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import fastprob
 from fastprob._files import write_atomically
@@ -201,16 +202,16 @@ _NLL_ROWS = 1024
 def _nll(model: ProbVLM, pairs: Pairs, cross_weight: float, form: str, cross: str) -> float:
     training = model.training
     model.eval()
-    values, weights = [], []
-    for image, text, owner in pairs.blocks(_NLL_ROWS):
+    values = torch.empty(math.ceil(pairs.images / _NLL_ROWS), dtype=torch.float64, device=pairs.device)
+    weight = torch.empty(len(values), dtype=torch.float64)
+    blocks = tqdm(pairs.blocks(_NLL_ROWS), "nll", len(values), unit="block", delay=5, leave=False)
+    for number, (image, text, owner) in enumerate(blocks):
         of_image, of_text = model(image, text)  # three of [B, D], three of [C, D]
         spread = tuple(parameter[owner] for parameter in of_image)  # three of [C, D]
         options = {"cross": cross, "cross_weight": cross_weight, "form": form}
-        values.append(_loss(spread, of_text, image[owner], text, **options))
-        weights.append(len(text))
+        values[number], weight[number] = _loss(spread, of_text, image[owner], text, **options), len(text)
     model.train(training)
-    weight = torch.tensor(weights, dtype=torch.float64)
-    return float(torch.stack(values).cpu().double() @ weight / weight.sum())
+    return float(values.cpu() @ weight / weight.sum())
 
 
 class _Run(Run):
