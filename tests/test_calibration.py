@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from fastprob.adapters import PairedEmbeddings, ProbVLM, predict, report
 from fastprob.evaluation import figures, retrieval
 from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
-from fastprob.evaluation.retrieval import find_matches, match_rank, recall_at_k
+from fastprob.evaluation.retrieval import find_matches, match_rank, nearest, recall_at_k
 from fastprob.evaluation.statistics import mean_std, spearman
 from fastprob.evaluation.tables import markdown, percent
 
@@ -308,6 +308,26 @@ def test_recall_needs_a_k_within_the_gallery():
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k must be from 1 to the 5 gallery items, got {k}"):
             recall_at_k(Q, G, M, k)
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_nearest_is_the_head_of_a_sort(monkeypatch, block):
+    monkeypatch.setattr(retrieval, "_ROWS", 4)
+    monkeypatch.setattr(retrieval, "_COLUMNS", block)
+    generator = torch.Generator().manual_seed(3)
+    query, gallery = torch.randn(13, 4, generator=generator), torch.randn(40, 4, generator=generator).double()
+    among = torch.randperm(40, generator=generator)[:30]
+    for rows, options in ((torch.arange(40), {}), (among, {"among": among})):
+        cosine = cosine_similarity(query.double()[:, None], gallery[rows], dim=2)
+        order = cosine.argsort(dim=1, descending=True)[:, :5]
+        similarity, found = nearest(query, gallery, 5, **options)
+        assert found.equal(rows[order]) and similarity.double().allclose(cosine.gather(1, order), atol=1e-6)
+    assert nearest(query, gallery, 30, among=among)[1].sort(1).values.equal(among.sort().values.expand(13, -1))
+    tied = nearest(torch.tensor([[2.0, 0]]), torch.eye(2)[[1, 0, 0, 1, 0, 0]], 3, among=torch.tensor([0, 5, 3, 2, 1]))
+    assert tied[0].tolist() == [[1, 1, 1]] and tied[1].tolist() == [[5, 2, 1]]
+    for k in (0, 31):
+        with pytest.raises(ValueError, match=f"nearest: k must be from 1 to the 30 gallery items, got {k}"):
+            nearest(query, gallery, k, among=among)
 
 
 def history(epochs=3, steps=4):

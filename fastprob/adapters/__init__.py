@@ -2,6 +2,7 @@
 
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.error import ErrorModels, fit_error
+from fastprob.adapters.pages import write_report_page
 from fastprob.adapters.predictions import Ranking, rank, write_predictions
 from fastprob.adapters.report import Report, evaluate_store, training_curves
 from fastprob.adapters.training import FitResult, TrainConfig, fit, nll
@@ -26,4 +27,5 @@ __all__ = [
     "rank",
     "training_curves",
     "write_predictions",
+    "write_report_page",
 ]

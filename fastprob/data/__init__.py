@@ -6,7 +6,7 @@ from fastprob.data.digitscenes import DigitScenes
 from fastprob.data.images import open_rgb
 from fastprob.data.labelled import LabelledImages, open_splits
 from fastprob.data.pairs import Paired, PairedEmbeddings
-from fastprob.data.store import EmbeddingStore, embed
+from fastprob.data.store import EmbeddingStore, embed, pictures_of
 from fastprob.data.tokens import Lost, lost
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "open_dataset",
     "open_rgb",
     "open_splits",
+    "pictures_of",
 ]

@@ -50,6 +50,11 @@ class Calibration:
         """Whether uncertain queries are right more often: S above 0.5, which ten random levels seldom reach."""
         return self.spearman > 0.5
 
+    @property
+    def ordered(self) -> bool:
+        """Whether uncertain queries are right less often: S below -0.5."""
+        return self.spearman < -0.5
+
     def table(self) -> str:
         """A line a level, then the summary, as text."""
         rows = zip(self.uncertainty, self.recall, self.count, strict=True)

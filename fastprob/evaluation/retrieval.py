@@ -84,6 +84,32 @@ def _found(query: Tensor, gallery: Tensor, match: Match) -> tuple[Found, Found, 
     return of_query, of_gallery, lonely
 
 
+def nearest(query: Tensor, gallery: Tensor, k: int, *, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k gallery items most like each query, by cosine similarity: similarities and rows, [Q, k], the best first.
+
+    Items that tie are in the order of `among`. What it holds depends on D, Q and k alone.
+
+    Args:
+        query: embeddings [Q, D].
+        gallery: embeddings [G, D], which may be memory-mapped.
+        k: from 1 to the rows in `among`.
+        among: rows of the gallery to choose from, int64 [A]; None: all.
+
+    Raises:
+        ValueError: a k out of its range.
+    """
+    among = torch.arange(len(gallery)) if among is None else among
+    if not 1 <= k <= len(among):
+        raise ValueError(f"nearest: k must be from 1 to the {len(among)} gallery items, got {k}")
+    best, items = torch.full((len(query), k), -math.inf), torch.zeros(len(query), k, dtype=torch.int64)
+    for similarity, (rows, columns) in products(query, gallery, "nearest", (torch.arange(len(query)), among)):
+        values = torch.cat([best[rows], similarity.cpu()], 1)  # what was found before stands first
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        best[rows] = values[:, :k]
+        items[rows] = torch.cat([items[rows], columns.expand(len(rows), -1)], 1).gather(1, order[:, :k])
+    return best, items
+
+
 def products(
     query: Tensor,
     gallery: Tensor,
