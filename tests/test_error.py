@@ -12,7 +12,7 @@ from fastprob.adapters import PairedEmbeddings, ProbVLM
 from fastprob.adapters.error import FILE, SIDES, ErrorModels, beside, fit_error, store_signals, variances
 from fastprob.evaluation.calibration import expected_calibration_error
 from fastprob.evaluation.error import C, fit_error_model
-from fastprob.evaluation.retrieval import match_ranks
+from fastprob.evaluation.retrieval import find_matches
 from fastprob.evaluation.selective import aurc
 
 
@@ -27,7 +27,7 @@ def pairs(images, seed, texts_of=2, dim=8):
 
 def wrong_of(data, truth=None):
     match = (torch.arange(len(data.image)), data.caption_image) if truth is None else truth.T
-    return {side: rank > 0 for side, rank in zip(SIDES, match_ranks(data.image, data.text, match))}
+    return {side: found.rank > 0 for side, found in zip(SIDES, find_matches(data.image, data.text, match))}
 
 
 @pytest.fixture(scope="module")

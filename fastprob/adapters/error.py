@@ -29,7 +29,7 @@ from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.uncertainty import predict
 from fastprob.data.pairs import Paired, PairedEmbeddings, check_paired
 from fastprob.evaluation.error import ErrorModel, fit_error_model
-from fastprob.evaluation.retrieval import match_ranks
+from fastprob.evaluation.retrieval import find_matches
 from fastprob.evaluation.selective import same
 from fastprob.evaluation.signals import Signals, fit_temperature, signals
 
@@ -140,8 +140,8 @@ def fit_error(
         which = {"image": images, "text": texts}
         found = store_signals(some, temperature, names, _rows(known, which))
         match = (torch.arange(len(images)), some.caption_image) if truth is None else truth[texts][:, images].T
-        for side, rank in zip(SIDES, match_ranks(some.image, some.text, match)):
-            rows[side].append((found[side].values, rank > 0, group[side][which[side]]))
+        for side, place in zip(SIDES, find_matches(some.image, some.text, match)):
+            rows[side].append((found[side].values, place.rank > 0, group[side][which[side]]))
     models = {side: fit_error_model(*_joined(parts)) for side, parts in rows.items()}
     return ErrorModels(**models, temperature=temperature, passes=None if adapter is None else passes)
 

@@ -20,9 +20,11 @@ from tqdm import tqdm
 import fastprob
 from fastprob._files import replaced
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.pages import SHOWN, check_shown, write_predictions_page
 from fastprob.adapters.uncertainty import predict
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import uncertainty_levels
+from fastprob.evaluation.examples import Pictures
 
 FORMATS = ("csv", "parquet", "npy")
 SIDES = ("image", "text")
@@ -41,12 +43,16 @@ def write_predictions(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    shown: int = SHOWN,
+    pictures: Pictures | None = None,
+    checkpoint: str | os.PathLike | None = None,
 ) -> list[Path]:
     """Write the predictions of every image and text of a store into `directory`; return the files.
 
     images.csv   id (row, where the store has none), aleatoric, epistemic, total, level
     texts.csv    image (its id), caption, and the same
     image_mean.npy, text_mean.npy   the predicted means, [N, D] and [M, D] float32
+    index.html   the most and the least certain images and texts, for people
 
     Uncertainties are variances, means over D; level is 1 for the most certain of `levels` groups of equal count among
     the images or texts, infinite variances in the last. Rows are in the store's order. Embeddings are streamed.
@@ -55,6 +61,7 @@ def write_predictions(
         format: of the tables: "csv", "parquet" (with pyarrow), or "npy", a structured array of the numbers alone.
         passes, seed: dropout passes, see `predict`.
         overwrite: replace these files where they exist; no others are touched.
+        shown, pictures, checkpoint: of the page, see `write_report_page`.
 
     Raises:
         ValueError: an option out of its range, fewer rows than levels, a file that exists, or as `predict`.
@@ -65,8 +72,11 @@ def write_predictions(
     if format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ImportError("write_predictions: parquet needs pyarrow: pip install 'fastprob[parquet]'")
     directory = Path(directory)
+    check_shown("write_predictions", shown)
     files = {side: (directory / f"{side}s.{format}", directory / f"{side}_mean.npy") for side in SIDES}
-    for path in (path for both in files.values() for path in both):
+    page = directory / "index.html"
+    written = [*(path for both in files.values() for path in both), page]
+    for path in written:
         if path.exists() and not overwrite:
             raise ValueError(f"write_predictions: {path} exists already; overwrite it or choose another directory")
     for side, rows in (("image", store.image), ("text", store.text)):
@@ -74,14 +84,18 @@ def write_predictions(
             raise ValueError(f"write_predictions: levels must be from 1 to the {len(rows)} {side}s, got {levels}")
     directory.mkdir(parents=True, exist_ok=True)
     names = store.ids or [str(row) for row in range(len(store.image))]
+    total = {}
     with tqdm(total=len(store.image) + len(store.text), desc="predict", unit="row", disable=not progress) as bar:
         for side, (table, mean) in files.items():
             numbers = _predict_side(getattr(model, side), getattr(store, side), mean, passes, seed, bar)
-            numbers["level"] = 1 + uncertainty_levels(torch.from_numpy(numbers["total"]), levels).numpy()
+            total[side] = torch.from_numpy(numbers["total"])
+            numbers["level"] = 1 + uncertainty_levels(total[side], levels).numpy()
             texts = {"id": names} if side == "image" else {"image": _of(names, store), "caption": store.captions}
             with replaced(table) as path:
                 _WRITERS[format](path, texts, numbers)
-    return [path for both in files.values() for path in both]
+    of_page = {"shown": shown, "pictures": pictures, "checkpoint": checkpoint}
+    write_predictions_page(store, total, page, passes=passes, levels=levels, seed=seed, **of_page)
+    return written
 
 
 def _of(names: list[str], store: EmbeddingStore) -> list[str]:
@@ -93,16 +107,16 @@ def _predict_side(
 ) -> dict[str, np.ndarray]:
     """Write the means, [R, D]; return the uncertainties, [R] each."""
     numbers = {name: np.empty(len(rows), np.float32) for name in ("aleatoric", "epistemic", "total")}
-    with replaced(mean) as path:
-        means = np.lib.format.open_memmap(path, "w+", np.float32, tuple(rows.shape))
+    with replaced(mean) as path, open(path, "wb") as file:  # mapped, the means would count as memory
+        kind = {"descr": "<f4", "fortran_order": False, "shape": tuple(rows.shape)}
+        np.lib.format.write_array_header_1_0(file, kind)
         for start in range(0, len(rows), _ROWS):
             some = slice(start, start + _ROWS)
             predicted = predict(adapter, rows[some], passes=passes, seed=seed)
-            means[some] = predicted.mu.numpy(force=True)
+            file.write(predicted.mu.numpy(force=True).astype("<f4").tobytes())
             for name, values in numbers.items():
                 values[some] = getattr(predicted, name).mean(1).numpy(force=True)
             bar.update(len(predicted.mu))
-        means.flush()
     return numbers
 
 
@@ -160,10 +174,14 @@ def rank(
 ) -> Ranking:
     """The `top` items of a gallery [G, D] that match a query [D] best.
 
-    by: "cosine", as retrieval by the frozen encoder has it, or "likelihood", under the query's distribution.
-    passes, seed: dropout passes of the uncertainties, see `predict`.
+    Args:
+        of_query: the query's adapter, `ProbVLM().text` or `.image`.
+        of_gallery: the gallery's.
+        by: "cosine", as retrieval by the frozen encoder has it, or "likelihood", under the query's distribution.
+        passes, seed: dropout passes of the uncertainties, see `predict`.
 
-    Raises ValueError for an option out of its range.
+    Raises:
+        ValueError: an option out of its range.
     """
     if not 1 <= top <= len(gallery):
         raise ValueError(f"rank: top must be from 1 to the {len(gallery)} items, got {top}")

@@ -38,6 +38,8 @@ class Report:
     nll: float
     """Mean negative log-likelihood in nats per dimension, own and cross terms with weight 1; see `adapters.nll`."""
     evaluation: Evaluation
+    image_uncertainty: Tensor
+    """[N] total uncertainty of each image, mean over D."""
     text_uncertainty: Tensor
     """[M] total uncertainty of each caption, mean over D."""
     ambiguity: Tensor | None
@@ -48,13 +50,24 @@ class Report:
         """Spearman correlation of the captions' uncertainty with their ambiguity."""
         return None if self.ambiguity is None else spearman(self.ambiguity, self.text_uncertainty)
 
-    def table(self) -> str:
-        """The report as text, with what its figures mean, and a warning where they are inverted."""
-        lines = [self.evaluation.table(), "", f"NLL {self.nll:.4f} nats per dimension"]
+    @property
+    def rule(self) -> str:
+        """What a match is, in words."""
+        return {"image": "the image that a caption was written for", "class": "an image of the caption's class"}[
+            self.match
+        ]
+
+    @property
+    def summary(self) -> list[str]:
+        """What is of no direction, a line each."""
+        lines = [f"NLL {self.nll:.4f} nats per dimension"]
         if self.ambiguity is not None:
             lines.append(f"Spearman of text uncertainty with caption ambiguity {self.ambiguity_spearman:.3f}")
-        rule = {"image": "the image that a caption was written for", "class": "an image of the caption's class"}
-        lines += ["", EXPLANATION, f"A match is {rule[self.match]} here."]
+        return lines
+
+    def table(self) -> str:
+        """The report as text, with what its figures mean, and a warning where they are inverted."""
+        lines = [self.evaluation.table(), "", *self.summary, "", EXPLANATION, f"A match is {self.rule} here."]
         for name, calibration in self.evaluation.directions.items():
             if calibration.inverted:
                 found = f"the more uncertain a query, the more often it is right (S {calibration.spearman:+.2f})"
@@ -74,13 +87,19 @@ class Report:
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(Path(directory) / "report.json", text)
 
-    def draw(self, directory: str | os.PathLike) -> None:
-        """Draw recall_by_level.png and uncertainty_by_ambiguity.png. Raises ImportError without matplotlib."""
+    def draw(self, directory: str | os.PathLike) -> list[tuple[str, Path]]:
+        """Draw recall_by_level.png and uncertainty_by_ambiguity.png; return title and file of each.
+
+        Raises ImportError without matplotlib.
+        """
         directory = Path(directory)
-        recall_by_level(self.evaluation.directions, directory / "recall_by_level.png")
+        path = recall_by_level(self.evaluation.directions, directory / "recall_by_level.png")
+        figures = [("Recall@1 by level of uncertainty", path)]
         if self.ambiguity is not None:
             path = directory / "uncertainty_by_ambiguity.png"
             uncertainty_by_ambiguity(self.ambiguity, self.text_uncertainty, path)
+            figures.append(("Uncertainty of texts by the images that they fit", path))
+        return figures
 
 
 def evaluate_store(
@@ -113,6 +132,7 @@ def evaluate_store(
         seed=seed,
         nll=nll(model, store),
         evaluation=evaluate(store, image, text, match=match, levels=levels),
+        image_uncertainty=image,
         text_uncertainty=text,
         ambiguity=store.ambiguity,
     )

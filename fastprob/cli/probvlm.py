@@ -10,7 +10,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
+from fastprob.cli._command import (
+    DATA,
+    READING,
+    Command,
+    add_encoder,
+    add_fields,
+    add_options,
+    add_reading,
+    device_of,
+    load_encoder_of,
+    open_data,
+    refuse,
+    write_report,
+)
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from torch import Tensor
@@ -31,21 +44,7 @@ def open_store(path: Path) -> EmbeddingStore:
 # --------------------------------------------------------------------------------------------- embed
 
 
-DATA = (
-    "data set: a table of captions (.csv, .tsv, .parquet), COCO's or Karpathy's .json, Flickr30k's or Flickr8k's file, "
-    "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
-    ".txt files, of webdataset's .tar, CUB's, Flowers'; hf:NAME:SPLIT; digitscenes:train, :val, :test"
-)
 MAX_LOST = "largest share of captions that the tokenizer may cut off, and of unknown tokens (default: 0.1)"
-DATA_OPTIONS = {
-    "image_key": "column of the images' paths (default: image, filepath, file_name or image_path)",
-    "caption_key": "column of the captions (default: caption, title or text)",
-    "separator": "what separates columns (default: the one of , ; and tab that the header has)",
-    "split": "of Karpathy's JSON: train, restval, val, test, or several joined by + (default: all)",
-    "template": "captions of images by class (default: 'a photo of a {}.')",
-}
-
-
 ARRAY_OPTIONS = {
     "pairs": ".npy of integers, the image of each text (default: text i is image i's)",
     "captions": "what the texts are: a file with a line for each, or .parquet",
@@ -64,37 +63,26 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
     add_encoder(of_data)
     of_data.add_argument("--batch-size", type=int, default=256)
     of_data.add_argument("--shard-size", type=int, default=4096, help="images secured at a time (default: 4096)")
-    of_data.add_argument("--limit", type=int, help="only the first images, so many of them")
     of_data.add_argument("--workers", type=int, default=0, help="processes that load images")
-    _add_options(of_data, DATA_OPTIONS)
-    of_data.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
     of_data.add_argument("--max-lost", type=float, default=0.1, help=MAX_LOST)
-    of_data.add_argument("--skip-bad", action="store_true", help="leave out rows that can't be used and list them")
-    _add_options(parser.add_argument_group("with --from-arrays"), ARRAY_OPTIONS)
-
-
-def _add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None:
-    for name, text in options.items():
-        group.add_argument("--" + name.replace("_", "-"), help=text)
+    add_reading(of_data)
+    add_options(parser.add_argument_group("with --from-arrays"), ARRAY_OPTIONS)
 
 
 def embed(args: argparse.Namespace) -> None:
-    of_data = [*DATA_OPTIONS, "model", "pretrained", "limit", "allow_outside", "skip_bad"]
-    others = ARRAY_OPTIONS if args.data is not None else of_data
-    odd = ["--" + name.replace("_", "-") for name in others if getattr(args, name)]
-    if odd:
-        raise ValueError(f"{odd[0]} is not for --{'data' if args.data is not None else 'from-arrays'}")
-    (_embed_data if args.data is not None else _embed_arrays)(args)
+    if args.data is None:
+        refuse(args, [*READING, "model", "pretrained"], "--from-arrays")
+        _embed_arrays(args)
+    else:
+        refuse(args, ARRAY_OPTIONS, "--data")
+        _embed_data(args)
 
 
 def _embed_data(args: argparse.Namespace) -> None:
-    from fastprob.data.captions import open_dataset
     from fastprob.data.store import embed
     from fastprob.data.store_format import SKIPPED
 
-    given = {name: getattr(args, name) for name in DATA_OPTIONS}
-    given |= {"limit": args.limit, "skip_bad": args.skip_bad, "allow_outside": args.allow_outside}
-    dataset = open_dataset(args.data, **given)
+    dataset = open_data(args)
     options = {name: getattr(args, name) for name in ("batch_size", "shard_size", "max_lost", "overwrite")}
     store = embed(dataset, load_encoder_of(args), args.out, num_workers=args.workers, **options)
     print(store, store.lost or "", sep="\n")
@@ -175,7 +163,26 @@ def fit(args: argparse.Namespace) -> None:
 def eval_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
-    parser.add_argument("--out", type=Path, help="directory of report.json and figures (default: only print)")
+    parser.add_argument(
+        "--out", type=Path, help="directory of report.json, report.html and figures (default: only print)"
+    )
+    _add_page(parser)
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shown", type=int, default=8, help="most certain ones on the page, and least (default: 8)")
+    parser.add_argument("--data", help="data set of the store, as embed took it, for pictures on the page")
+    add_reading(parser.add_argument_group("with --data"))
+
+
+def _of_page(args: argparse.Namespace, store: EmbeddingStore) -> dict[str, Any]:
+    """What the page is told. Raises ValueError where --data is not the store's."""
+    from fastprob.data.store import pictures_of
+
+    if args.data is None:
+        refuse(args, READING, f"{args.command} without --data")
+    pictures = None if args.data is None else pictures_of(store, open_data(args))
+    return {"shown": args.shown, "pictures": pictures, "checkpoint": args.checkpoint}
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -192,13 +199,20 @@ def _open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from fastprob.adapters.pages import check_shown, write_report_page
     from fastprob.adapters.report import evaluate_store
 
+    if args.out is None:
+        refuse(args, ["data"], "eval without --out")
+    check_shown("eval", args.shown)
     store, model = _open_adapter(args)
+    of_page = _of_page(args, store)
     report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
-        write_report(report, args.out, "eval")
+        figures = write_report(report, args.out, "eval")
+        page = write_report_page(report, store, args.out / "report.html", figures=figures, **of_page)
+        print(f"\nWritten to {page}")
 
 
 def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
@@ -219,10 +233,13 @@ def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
-    parser.add_argument("--out", required=True, type=Path, help="directory of images, texts and their predicted means")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="directory of images, texts, their predicted means and a page"
+    )
     parser.add_argument("--format", default="csv", help="of the tables: csv, parquet or npy (default: csv)")
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
     parser.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
+    _add_page(parser)
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -230,7 +247,7 @@ def predict(args: argparse.Namespace) -> None:
 
     store, model = _open_adapter(args)
     options = {name: getattr(args, name) for name in ("format", "passes", "levels", "seed", "overwrite")}
-    print(*write_predictions(model, store, args.out, **options), sep="\n")
+    print(*write_predictions(model, store, args.out, **options, **_of_page(args, store)), sep="\n")
 
 
 def rank_options(parser: argparse.ArgumentParser) -> None:

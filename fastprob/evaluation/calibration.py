@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprob._arguments import as_tensor
 from fastprob.data.pairs import Paired, check_paired
-from fastprob.evaluation.retrieval import Match, match_rank, match_ranks
+from fastprob.evaluation.retrieval import Match, find_matches, match_rank
 from fastprob.evaluation.statistics import pearson, spearman
 
 
@@ -49,6 +49,11 @@ class Calibration:
     def inverted(self) -> bool:
         """Whether uncertain queries are right more often: S above 0.5, which ten random levels seldom reach."""
         return self.spearman > 0.5
+
+    @property
+    def ordered(self) -> bool:
+        """Whether uncertain queries are right less often: S below -0.5."""
+        return self.spearman < -0.5
 
     def table(self) -> str:
         """A line a level, then the summary, as text."""
@@ -111,7 +116,7 @@ def evaluate(
         match = torch.arange(len(data.image)), data.caption_image
     counts = len(data.image), len(data.text)
     scores = [_checked(*each, levels) for each in zip((image_uncertainty, text_uncertainty), counts)]
-    ranks = match_ranks(data.image, data.text, match)
+    ranks = (found.rank for found in find_matches(data.image, data.text, match))
     return Evaluation(*(_calibration(*each, levels) for each in zip(ranks, scores, counts[::-1])))
 
 
