@@ -98,11 +98,10 @@ def test_equal_captions_have_the_energies_of_one(model):
     assert energies(model, same, 0.1, captions)["image"][1].max() < 20
 
 
-def test_a_posterior_of_equal_likelihoods_knows_nothing_and_of_one_great_one_all(model, monkeypatch):
+def test_a_posterior_of_equal_likelihoods_knows_nothing_and_of_one_great_one_all(model):
     energy = torch.zeros(3, 10, dtype=torch.float64)
     energy[1, 4], energy[2, 0] = -1000, -math.log(9)
-    monkeypatch.setattr(module, "energies", lambda *_: dict.fromkeys(("image", "text"), (energy, None)))
-    scores = Posterior(model, 0.1, {"image": 1.0, "text": 2.0})(None)
+    scores = Posterior(model, 0.1, {"image": 1.0, "text": 2.0}).scores(dict.fromkeys(("image", "text"), (energy, None)))
     assert scores["posterior entropy"]["image"].tolist() == pytest.approx(
         [math.log(10), 0, math.log(2) / 2 + math.log(18) / 2]
     )

@@ -157,8 +157,9 @@ def _adapter(model: ProbVLM, parts: dict[str, Part], seed: int) -> Found:
     val, test = parts["val"], parts["test"]
     found = _named(Adapters([model], seed)(test.data)) | _error(parts, seed, model)
     after = posterior(model, val.data, val.captions)
-    found |= _named(after(test.data, test.captions))
-    for side, (energy, items) in after.energies(test.data, test.captions).items():
+    of_items = after.energies(test.data, test.captions)
+    found |= _named(after.scores(of_items))
+    for side, (energy, items) in of_items.items():
         top = items.gather(1, energy.argmin(1, keepdim=True))[:, 0]
         found[f"top|match likelihood|{side}"] = test.which[top] if side == "image" else top
     return found | _likelihoods(model, test) | _csd(model, test)

@@ -143,8 +143,12 @@ class Posterior:
     temperature: dict[str, float]
 
     def __call__(self, data: Paired, captions: Sequence[str] | None = None) -> Scores:
+        return self.scores(self.energies(data, captions))
+
+    def scores(self, energies: dict[str, tuple[Tensor, Tensor]]) -> Scores:
+        """The scores of what `energies` gives."""
         scores: Scores = {"posterior entropy": {}, "posterior error": {}, "posterior error of the first": {}}
-        for side, (energy, _) in self.energies(data, captions).items():
+        for side, (energy, _) in energies.items():
             p = (-energy / self.temperature[side]).softmax(1)  # [Q, k]
             scores["posterior entropy"][side] = torch.special.entr(p).sum(1)
             scores["posterior error"][side] = 1 - p.amax(1)
