@@ -143,6 +143,17 @@ def test_a_posterior_of_round_gaussians_is_a_softmax_of_cosines(model):
     assert fitted.temperature["text"] == max(module.TEMPERATURES, key=own)
 
 
+def test_an_image_s_own_texts_are_those_of_the_same_words(monkeypatch):
+    data, seen = PairedEmbeddings(torch.randn(3, DIM), torch.randn(5, DIM), torch.tensor([0, 0, 1, 2, 2])), {}
+    items = torch.tensor([[0, 1, 2, 3]] * 3)
+    found = {"image": (torch.zeros(3, 4), items), "text": (torch.zeros(5, 3), torch.tensor([[0, 1, 2]] * 5))}
+    monkeypatch.setattr(module, "energies", lambda *_: found)
+    monkeypatch.setattr(module, "_likeliest", lambda energy, own: seen.update({tuple(energy.shape): own}))
+    posterior(None, data, ["a", "b", "a", "b", "c"])
+    assert seen[3, 4].tolist() == [[True] * 4, [True, False, True, False], [False, True, False, True]]
+    assert seen[5, 3].tolist() == [[True, False, False]] * 2 + [[False, True, False]] + [[False, False, True]] * 2
+
+
 class Zero(torch.nn.Module):
     def forward(self, x):
         return torch.zeros_like(x)
@@ -151,7 +162,7 @@ class Zero(torch.nn.Module):
 class Plus(torch.nn.Module):
     def __init__(self, value):
         super().__init__()
-        self.value = value
+        self.value = torch.nn.Parameter(torch.tensor(value), requires_grad=False)
 
     def forward(self, x):
         return x + self.value

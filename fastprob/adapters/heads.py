@@ -104,7 +104,7 @@ class Heads:
 def heads(
     kind: type[PFE] | type[PCME], *, epochs: int = 50, batch_size: int = 256, lr: float = 1e-3, hidden: int = 256
 ) -> Method:
-    """The method that trains `PFE` or `PCME` heads, by Adam and a cosine to zero, as `fit` trains an adapter."""
+    """The method that trains `PFE` or `PCME` heads on the CPU, by Adam and a cosine to zero, as `fit` an adapter."""
 
     def method(train: Paired, validation: Paired, seed: int = 0, captions: Sequence[str] | None = None) -> Heads:
         check_paired("heads: train", train)

@@ -168,12 +168,11 @@ def posterior(model: ProbVLM, validation: Paired, captions: Sequence[str] | None
     """
     cosine = fit_temperature(validation)
     which = torch.arange(len(validation.text)) if captions is None else same(captions)
-    pair = torch.zeros(len(validation.image), int(which.max()) + 1, dtype=torch.bool)  # [N, U]
-    pair[validation.caption_image, which] = True
     found = energies(model, validation, cosine, captions)
-    own = {
-        "image": pair.gather(1, which[found["image"][1]]),  # [N, 10]
-        "text": found["text"][1] == validation.caption_image[:, None],  # [M, 10]
+    images, texts = torch.arange(len(validation.image))[:, None], int(which.max()) + 1
+    own = {  # [N, 10] and [M, 10]
+        "image": torch.isin(images * texts + which[found["image"][1]], validation.caption_image * texts + which),
+        "text": found["text"][1] == validation.caption_image[:, None],
     }
     return Posterior(model, cosine, {side: _likeliest(found[side][0], own[side]) for side in SIDES})
 
@@ -194,7 +193,8 @@ def energies(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """As `Posterior.energies`, at this temperature of the softmax over cosines; equal captions are worked on once."""
     found = store_signals(data, temperature, captions)
-    of = {side: getattr(model, side)(getattr(data, side).float()) for side in SIDES}
+    device = next(model.parameters()).device
+    of = {side: getattr(model, side)(getattr(data, side).to(device, torch.float32)) for side in SIDES}
     which = torch.arange(len(data.text)) if captions is None else same(captions)
     first = torch.from_numpy(np.unique(which, return_index=True)[1])  # [U] of the different captions
     result = {}
@@ -207,7 +207,7 @@ def energies(
 
 
 def _energy(query, gallery, rows: Tensor, items: Tensor) -> Tensor:
-    """Of the queries `rows` [B] and their items [B, k]: [B, k] float64."""
+    """Of the queries `rows` [B] and their items [B, k]: [B, k] float64 on the CPU."""
     one = [of[rows][:, None].expand(-1, items.shape[1], -1) for of in query]  # three of [B, k, D]
     other = [of[items] for of in gallery]
-    return fastprob.ggd_match_nll(*one, *other, reduction="none").double().sum(-1)
+    return fastprob.ggd_match_nll(*one, *other, reduction="none").double().sum(-1).cpu()
