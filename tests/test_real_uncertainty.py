@@ -95,7 +95,8 @@ def test_a_score_is_judged_by_every_question(cache, parts):
     judge = Judge(parts["test"], parts["train"])
     every = {one.name: one for one in uncertainty.rivals("digitscenes", cache)}
     ours = every["p(wrong)"]
-    itself, distance = uncertainty.judged(ours, ours, judge), uncertainty.judged(every["1 - max cosine"], ours, judge)
+    areas = uncertainty.areas(ours, judge)
+    itself, distance = (uncertainty.judged(each, areas, judge) for each in (ours, every["1 - max cosine"]))
     assert set(itself) == set(distance) and len(itself) == 4
     for (direction, rule), wrong in judge.wrong.items():
         one, question = distance[f"{direction}, {rule}"], f"{direction}, {rule}"

@@ -82,35 +82,48 @@ def _names(runs: list[Found], kind: str) -> list[str]:
 # ----------------------------------------------------------------------------------- what a score is judged by
 
 
-def judged(rival: Rival, ours: Rival, judge: Judge) -> dict[str, dict]:
-    """Question -> measures of the score; the difference of its AURC from ours is over the same draws and seeds."""
-    result = {}
+Areas = tuple[Tensor, Tensor]
+"""AURC of every seed [seeds], and of every seed and draw of the bootstrap [seeds, DRAWS]."""
+
+
+def areas(rival: Rival, judge: Judge) -> dict[str, Areas]:
+    """Question -> AURC of the score, for the questions whose queries it is of."""
+    found = {}
     for (direction, rule), wrong in judge.wrong.items():
-        if not rival.answers(direction):
+        if rival.answers(direction):
+            ranked = [Ranked(score, wrong) for score in rival.of(direction, rule)]
+            drawn = torch.stack([each.aurc(judge.draws[direction]) for each in ranked])
+            found[f"{direction}, {rule}"] = torch.cat([each.aurc() for each in ranked]), drawn
+    return found
+
+
+def judged(rival: Rival, ours: dict[str, Areas], judge: Judge) -> dict[str, dict]:
+    """Question -> measures of the score; the difference of its AURC from ours is over the same draws and seeds."""
+    own, result = areas(rival, judge), {}
+    for (direction, rule), wrong in judge.wrong.items():
+        question = f"{direction}, {rule}"
+        if question not in own:
             continue
-        scores, draws = rival.of(direction, rule), judge.draws[direction]
+        scores = rival.of(direction, rule)
         ranked = [Ranked(score, wrong) for score in scores]
-        others = [Ranked(score, wrong) for score in ours.of(direction, rule)[: len(scores)]]
-        one = {
-            "AURC": _interval([each.aurc() for each in ranked], [each.aurc(draws) for each in ranked]),
-            LESS: _interval(
-                [one.aurc() - other.aurc() for one, other in zip(ranked, others)],
-                [one.aurc(draws) - other.aurc(draws) for one, other in zip(ranked, others)],
-            ),
+        less = [one - other[: len(scores)] for one, other in zip(own[question], ours[question])]
+        result[question] = {
+            "AURC": _interval(*own[question]),
+            LESS: _interval(*less),
             "gain": fmean(float(each.gain()) for each in ranked),
             "AUROC": fmean(float(each.auroc()) for each in ranked),
             "S": [level_spearman(score, wrong) for score in scores],
             "Spearman with ambiguity": [spearman(score, judge.ambiguity[direction]) for score in scores],
         }
         if rival.score in PROBABILITIES:
-            one["ECE"] = fmean(expected_calibration_error(score, wrong) for score in scores)
-        result[f"{direction}, {rule}"] = one
+            ece = [expected_calibration_error(score, wrong) for score in scores]
+            result[question]["ECE"] = fmean(ece)
     return result
 
 
-def _interval(values: list[Tensor], drawn: list[Tensor]) -> list[float]:
-    """Mean over the seeds, and its interval."""
-    return [float(torch.cat(values).mean()), *seeds_interval(torch.stack(drawn))]
+def _interval(values: Tensor, drawn: Tensor) -> list[float]:
+    """Mean over the seeds [seeds], and its interval, of draws [seeds, DRAWS]."""
+    return [float(values.mean()), *seeds_interval(drawn)]
 
 
 # ----------------------------------------------------------------------------------------- rankings and pairs
@@ -158,12 +171,11 @@ def pairs(dataset: str, judge: Judge, cache: Path) -> dict[str, list[float]]:
     for method, runs in _runs(dataset, cache):
         for name in _names(runs, "pair"):
             scores = [run[f"pair|{name}"].numpy() for run in runs]
-            values = [torch.tensor([average_precision_score(swapped, score)]).double() for score in scores]
+            values = torch.tensor([average_precision_score(swapped, score) for score in scores])
             drawn = [
-                torch.tensor([average_precision_score(swapped, score, sample_weight=row) for row in weights]).double()
-                for score in scores
+                [average_precision_score(swapped, score, sample_weight=row) for row in weights] for score in scores
             ]
-            result[f"{method}: {name}"] = _interval(values, drawn)
+            result[f"{method}: {name}"] = _interval(values, torch.tensor(drawn, dtype=torch.float64))
     return result
 
 
@@ -182,7 +194,7 @@ def measure(cache: Path, out: Path) -> dict:
     }
     for dataset, parts in ((name, make_parts(cache)) for name, make_parts in SETS.items()):
         judge, found = Judge(parts["test"], parts["train"]), rivals(dataset, cache)
-        ours = next(each for each in found if each.score == OURS)
+        ours = areas(next(each for each in found if each.score == OURS), judge)
         results["data"][dataset] = {
             "wrong": {f"{way}, {rule}": float(wrong.mean()) for (way, rule), wrong in judge.wrong.items()},
             "scores": {
