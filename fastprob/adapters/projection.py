@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 PRECISIONS = tuple(10.0**i for i in range(-3, 7))
-_ROWS = 64  # of features whose H [D, D] are held at a time: 67 MB at D = 512
+_ROWS = 1024  # of features whose softmax [rows, C] is held at a time
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,20 @@ def fit_laplace(features: Tensor, weight: Tensor, other: Tensor, scale: float) -
 
 
 def _curvature(embedding: Tensor, other: Tensor, scale: float) -> Tensor:
-    """Sum of J^T H J over embeddings [B, D] before their normalisation: [D, D]."""
+    """Sum of J^T H J over embeddings [B, D] before their normalisation: [D, D], without any of their H [D, D].
+
+    With w = (a / |g|)^2 and h = H u / a^2, it is the sum of w (H / a^2 - u h^T - h u^T + u (u h) u^T).
+    """
     norm = embedding.norm(dim=1, keepdim=True)
-    unit = embedding / norm
-    p = (scale * unit @ other.T).softmax(1)  # [B, C]
+    unit, weight = embedding / norm, (scale / norm) ** 2  # [B, D], [B, 1]
+    cosine = unit @ other.T  # [B, C]
+    p = (scale * cosine).softmax(1)
     mean = p @ other  # [B, D]
-    second = torch.einsum("bc,cd,ce->bde", p, other, other) - mean[:, :, None] * mean[:, None]
-    eye = torch.eye(other.shape[1], dtype=torch.float64)
-    jacobian = (eye - unit[:, :, None] * unit[:, None]) / norm[:, :, None]  # [B, D, D], symmetric
-    return scale**2 * (jacobian @ second @ jacobian).sum(0)
+    along = (p * cosine) @ other - mean * (mean * unit).sum(1, keepdim=True)  # h
+    whole = other.T @ ((weight * p).sum(0)[:, None] * other) - mean.T @ (weight * mean)
+    cross = unit.T @ (weight * along)
+    both = unit.T @ (weight * (unit * along).sum(1, keepdim=True) * unit)
+    return whole - cross - cross.T + both
 
 
 def _damped(factor: Tensor, precision: float) -> Tensor:
