@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,9 +106,22 @@ def views(dataset: str, cache: Path, seed: int) -> dict[str, Tensor]:
         score = augmented_variance(load_encoder("tiny"), DigitScenes("test"), views=VIEWS, flip=False, seed=seed)
     else:
         encoded = encode_openclipart(cache)
-        pictures = [(picture, ()) for picture in Files([picture.path for picture in encoded.members("test")])]
+        pictures = _Pictures(Files([picture.path for picture in encoded.members("test")]))
         score = augmented_variance(_Towers(image_tower(cache), encoded.heads[0]), pictures, views=VIEWS, seed=seed)
     return {"score|variance of views|image": score}
+
+
+@dataclass(frozen=True)
+class _Pictures(Sequence):
+    """Files as `augmented_variance` takes a data set."""
+
+    files: Files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, tuple]:
+        return self.files[i], ()
 
 
 @dataclass(frozen=True)

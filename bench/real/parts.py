@@ -13,6 +13,7 @@ The parts of openclipart are heads, train, val and test; those of DigitScenes ar
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,6 +146,7 @@ class Encoded:
         return [self.pictures[i] for i in split(len(self.pictures))[part]]
 
 
+@functools.cache
 def encode_openclipart(cache: Path) -> Encoded:
     """The features are kept in `cache`; the heads are trained anew, always to the same weights."""
     found = gather(cache)
