@@ -57,6 +57,8 @@ def test_views_depend_on_seed_and_place_alone():
     assert one.equal(augmented_variance(Halves, DATA, seed=3))
     assert one[:2].equal(augmented_variance(Halves, DATA[:2], seed=3))
     assert not one.equal(augmented_variance(Halves, DATA, seed=4))
+    twice = augmented_variance(Halves, DATA[1:2] * 2, least=0.5)
+    assert twice[0] != twice[1]
     torch.manual_seed(7)
     assert state.equal(torch.random.get_rng_state())
 

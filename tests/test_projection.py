@@ -45,7 +45,7 @@ def test_the_embedding_has_the_moments_of_drawn_weights():
     assert embedding.var(0).tolist() == pytest.approx(variance.tolist(), rel=0.02)
 
 
-def test_the_factors_are_those_of_the_formula_and_the_precision_the_likeliest(monkeypatch):
+def test_the_factors_are_those_of_the_formula_and_the_precision_the_likeliest():
     features, weight, other = problem()
     curvature = projection._curvature(features @ weight.T, normalize(other, dim=1), SCALE)
 
@@ -58,6 +58,9 @@ def test_the_factors_are_those_of_the_formula_and_the_precision_the_likeliest(mo
         prior = torch.distributions.Normal(0.0, precision**-0.5).log_prob(weight).sum()
         return float(prior - torch.kron(*factors(precision)).logdet() / 2)
 
+    factors_alone = [math.sqrt(30) * factor / 30 for factor in (features.T @ features, curvature)]
+    ours = [projection._marginal(weight, *factors_alone, precision) for precision in (0.1, 10.0)]
+    assert ours[1] - ours[0] == pytest.approx(marginal(10.0) - marginal(0.1))
     fitted = fit_laplace(features, weight, other, SCALE)
     assert fitted.precision == max(projection.PRECISIONS, key=marginal) and 1e-3 < fitted.precision < 1e6
     a, b = factors(fitted.precision)

@@ -148,7 +148,7 @@ class Encoded:
 
 @functools.cache
 def encode_openclipart(cache: Path) -> Encoded:
-    """The features are kept in `cache`; the heads are trained anew, always to the same weights."""
+    """The features are kept in `cache`; the heads are trained anew, always alike."""
     found = gather(cache)
     image, text = features(found.pictures, found.texts, cache)
     row = {text: i for i, text in enumerate(found.texts)}
