@@ -44,20 +44,24 @@ def text(results: dict) -> str:
 
 
 def _verdict(results: dict) -> str:
-    """In one sentence each: where ProbVLM's own variances win, and against what."""
+    """Where ProbVLM's own variances win and where not, and who finds noisy pairs: a sentence each."""
     every = list(_answers(results))
     ahead = [which for which, of in every if _best(of, PROBVLM, 2) < 0]
     behind = [which for which, of in every if _best(of, PROBVLM, 1) > 0]
-    distance = [which for which, of in every if _aurc(of, PROBVLM) < of[DISTANCE]["AURC"][0]]
+    beside = [min(of[f"{method}: {OURS} with it"][LESS][0] for method in PROBVLM) for _, of in every]
+    closer = [which for which, of in every if _aurc(of, PROBVLM) < of[DISTANCE]["AURC"][0]]
     count = len(every)
-    return (
+    sentences = [
         f"On {len(behind)} of the {count} questions every variance that a ProbVLM adapter predicts tells wrong first "
-        f"matches from right ones worse than p(wrong), which needs no adapter, and on {len(ahead)} one of them does "
-        f"better (an interval of the difference without 0); the best of these nine variances, chosen afterwards, has a "
-        f"smaller AURC than 1 - max cosine on {len(distance)} of {count}"
-        + (f": {', '.join(distance)}. " if distance else ". ")
-        + " ".join(_finder(dataset, of["noisy pairs"]["average precision"]) for dataset, of in results["data"].items())
-    )
+        f"matches from right ones worse than p(wrong), which needs no adapter but known matches of a validation part; on "
+        f"{len(ahead)} one of them does better (intervals of the difference without 0).",
+        f"The best of these nine variances, chosen afterwards, has a smaller AURC than 1 - max cosine on {len(closer)} of "
+        f"{count}{': ' if closer else ''}{'; '.join(closer)}.",
+        f"With an adapter's variances beside the similarities, the best adapter chosen afterwards, the AURC of p(wrong) "
+        f"changes by {min(beside):+.3f} to {max(beside):+.3f}.",
+        *(_finder(dataset, of["noisy pairs"]["average precision"]) for dataset, of in results["data"].items()),
+    ]
+    return " ".join(sentences)
 
 
 def _finder(dataset: str, found: Mapping[str, list[float]]) -> str:
