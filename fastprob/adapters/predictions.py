@@ -20,6 +20,7 @@ from tqdm import tqdm
 import fastprob
 from fastprob._files import replaced
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.error import ErrorModels
 from fastprob.adapters.pages import SHOWN, check_shown, write_predictions_page
 from fastprob.adapters.uncertainty import predict
 from fastprob.data.store import EmbeddingStore
@@ -46,10 +47,11 @@ def write_predictions(
     shown: int = SHOWN,
     pictures: Pictures | None = None,
     checkpoint: str | os.PathLike | None = None,
+    error: ErrorModels | None = None,
 ) -> list[Path]:
     """Write the predictions of every image and text of a store into `directory`; return the files.
 
-    images.csv   id (row, where the store has none), aleatoric, epistemic, total, level
+    images.csv   id (row, where the store has none), aleatoric, epistemic, total, level, and with `error` p_wrong
     texts.csv    image (its id), caption, and the same
     image_mean.npy, text_mean.npy   the predicted means, [N, D] and [M, D] float32
     index.html   the most and the least certain images and texts, for people
@@ -61,6 +63,8 @@ def write_predictions(
         format: of the tables: "csv", "parquet" (with pyarrow), or "npy", a structured array of the numbers alone.
         passes, seed: dropout passes, see `predict`.
         overwrite: replace these files where they exist; no others are touched.
+        error: fitted for this adapter: the probability that the first match within the store is wrong, a column; the
+            page goes by it then, and by the total variance otherwise.
         shown, pictures, checkpoint: of the page, see `write_report_page`.
 
     Raises:
@@ -82,19 +86,23 @@ def write_predictions(
     for side, rows in (("image", store.image), ("text", store.text)):
         if not 1 <= levels <= len(rows):
             raise ValueError(f"write_predictions: levels must be from 1 to the {len(rows)} {side}s, got {levels}")
+    wrong = error and error(store, captions=store.captions, adapter=model, seed=seed)
     directory.mkdir(parents=True, exist_ok=True)
     names = store.ids or [str(row) for row in range(len(store.image))]
-    total = {}
+    ordered_by = {}
     with tqdm(total=len(store.image) + len(store.text), desc="predict", unit="row", disable=not progress) as bar:
         for side, (table, mean) in files.items():
             numbers = _predict_side(getattr(model, side), getattr(store, side), mean, passes, seed, bar)
-            total[side] = torch.from_numpy(numbers["total"])
-            numbers["level"] = 1 + uncertainty_levels(total[side], levels).numpy()
+            ordered_by[side] = torch.from_numpy(numbers["total"])
+            numbers["level"] = 1 + uncertainty_levels(ordered_by[side], levels).numpy()
+            if wrong:
+                numbers["p_wrong"], ordered_by[side] = wrong[side].numpy().astype(np.float32), wrong[side]
             texts = {"id": names} if side == "image" else {"image": _of(names, store), "caption": store.captions}
             with replaced(table) as path:
                 _WRITERS[format](path, texts, numbers)
     of_page = {"shown": shown, "pictures": pictures, "checkpoint": checkpoint}
-    write_predictions_page(store, total, page, passes=passes, levels=levels, seed=seed, **of_page)
+    of_page["is_probability"] = error is not None
+    write_predictions_page(store, ordered_by, page, passes=passes, levels=levels, seed=seed, **of_page)
     return written
 
 
@@ -209,9 +217,14 @@ def _nll(distribution: Any, block: Tensor) -> Tensor:
     return fastprob.ggd_pairwise_nll(*distribution, block)[0] / block.shape[1] + math.log(2)
 
 
-def lines(store: EmbeddingStore, side: str, ranking: Ranking) -> Iterator[str]:
-    """The ranking as a table of text: of images their names and first captions, of texts the captions."""
+def lines(store: EmbeddingStore, side: str, ranking: Ranking, wrong: float | None = None) -> Iterator[str]:
+    """The ranking as a table of text: of images their names and first captions, of texts the captions.
+
+    wrong: probability that the first match is wrong, where it is known.
+    """
     yield f"uncertainty of the query {ranking.uncertainty:.4g}"
+    if wrong is not None:
+        yield f"the first match by cosine is wrong with probability {wrong:.2f}"
     yield "rank  cosine  log-likelihood  uncertainty  " + side
     numbers = zip(ranking.rows, ranking.cosine, ranking.log_likelihood, ranking.uncertainties)
     owners = store.caption_image

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastprob.cli._command import (
     DATA,
     READING,
+    TRUTH,
     Command,
     add_encoder,
     add_fields,
@@ -21,6 +22,7 @@ from fastprob.cli._command import (
     device_of,
     load_encoder_of,
     open_data,
+    read_truth,
     refuse,
     write_report,
 )
@@ -162,6 +164,7 @@ def fit(args: argparse.Namespace) -> None:
 def eval_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
+    parser.add_argument("--truth", type=Path, help=TRUTH)
     parser.add_argument(
         "--out", type=Path, help="directory of report.json, report.html and figures (default: only print)"
     )
@@ -194,10 +197,11 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def _open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
     store = open_store(args.store)
-    return store, _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
+    return store, load_checkpoint(args.checkpoint, store).to(device_of(args.device))
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.pages import check_shown, write_report_page
     from fastprob.adapters.report import evaluate_store
 
@@ -206,7 +210,9 @@ def evaluate(args: argparse.Namespace) -> None:
     check_shown("eval", args.shown)
     store, model = _open_adapter(args)
     of_page = _of_page(args, store)
-    report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
+    truth = None if args.truth is None else read_truth(args.truth, len(store.text), len(store.image))
+    known = {"truth": truth, "error": beside(args.checkpoint)}
+    report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed, **known)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
         figures = write_report(report, args.out, "eval")
@@ -214,7 +220,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"\nWritten to {page}")
 
 
-def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
+def load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
     """The model in a file or in a run's directory. Raises ValueError when it is none, or not for this store."""
     from fastprob.adapters import ProbVLM
     from fastprob.adapters.training import CHECKPOINT, ENCODER
@@ -242,10 +248,12 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.predictions import write_predictions
 
     store, model = _open_adapter(args)
     options = {name: getattr(args, name) for name in ("format", "passes", "levels", "seed", "overwrite")}
+    options["error"] = beside(args.checkpoint)
     print(*write_predictions(model, store, args.out, **options, **_of_page(args, store)), sep="\n")
 
 
@@ -257,6 +265,7 @@ def rank_options(parser: argparse.ArgumentParser) -> None:
 
 
 def rank(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.predictions import lines, rank
 
     store, model = _open_adapter(args)
@@ -264,7 +273,9 @@ def rank(args: argparse.Namespace) -> None:
     other = "text" if side == "image" else "image"
     options = {name: getattr(args, name) for name in ("top", "by", "passes", "seed")}
     ranking = rank(getattr(model, side), query, getattr(model, other), getattr(store, other), **options)
-    print(*lines(store, other, ranking), sep="\n")
+    error, known = beside(args.checkpoint), {"captions": store.captions, "adapter": model, "seed": args.seed}
+    wrong = error and error.of_query(query.cpu(), side, store, **known)
+    print(*lines(store, other, ranking, wrong), sep="\n")
 
 
 def _query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, Tensor]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 COLOURS = ("#1f6fb4", "#d1602f", "#3a8a4d", "#7b5aa6")
-_GREY = "#666666"
+GREY = "#666666"
 
 
 def axes_of_figure(panels: int | None = None):
@@ -18,8 +18,8 @@ def axes_of_figure(panels: int | None = None):
     every = [figure.subplots()] if panels is None else list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_GREY)
-        axes.tick_params(colors=_GREY)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.tick_params(colors=GREY)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
     return figure, every[0] if panels is None else every
