@@ -1,4 +1,4 @@
-"""The few-shot tasks of real pictures and the small CLIP: sheets, splits, drawings and training, on tiny files made here."""
+"""The few-shot tasks of real pictures and the small CLIP: sheets, splits, drawings and training, on tiny files."""
 
 import json
 import pathlib

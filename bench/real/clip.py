@@ -43,11 +43,11 @@ CONFIG: dict[str, Any] = {
 class Recipe:
     """How it is trained. A batch is `pairs` pictures with a caption, `photos` without, and `words` other texts."""
 
-    epochs: int = 8
+    epochs: int = 6
     steps: int = 150  # of an epoch
-    pairs: int = 96
-    photos: int = 64
-    words: int = 32
+    pairs: int = 64
+    photos: int = 48
+    words: int = 16
     weight: float = 8.0  # of the distances from the targets
     lr: float = 1.5e-3
     weight_decay: float = 0.1

@@ -112,27 +112,25 @@ def _embed_scenes(name: str, cache: Path) -> Part:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Openclipart through the frozen towers: pictures, their captions, and features of both, rows of `texts`."""
+    """Openclipart's pictures, the captions of each, and all texts among these, once."""
 
     pictures: list[Picture]
     captions: list[list[Caption]]
     texts: list[str]
-    image: Tensor  # [N, 1280]
-    text: Tensor  # [U, 384]
 
 
 def gather(cache: Path) -> Gathered:
-    """All pictures with all their captions, encoded on the first call and kept in `cache`."""
+    """All of openclipart that is used."""
     pictures = find_pictures(fetch(DRAWINGS, cache), fetch(PICTURES, cache))
     captions = [captions_of(picture) for picture in pictures]
-    texts = sorted({caption.text for each in captions for caption in each})
-    return Gathered(pictures, captions, texts, *features(pictures, texts, cache))
+    return Gathered(pictures, captions, sorted({caption.text for each in captions for caption in each}))
 
 
 def _make_openclipart(cache: Path, root: Path) -> None:
-    all = gather(cache)
-    pictures, captions, image, text = all.pictures, all.captions, all.image, all.text
-    row = {text: i for i, text in enumerate(all.texts)}
+    found = gather(cache)
+    pictures, captions = found.pictures, found.captions
+    image, text = features(pictures, found.texts, cache)
+    row = {text: i for i, text in enumerate(found.texts)}
     own = [torch.tensor([row[caption.text] for caption in each]) for each in captions]
     parts = split(len(pictures))
     image_head, text_head = train_heads(_rows(image, text, own, parts["heads"]))

@@ -11,11 +11,11 @@ and frequent words of MiniLM's vocabulary, alone and in a template. Needs `trans
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
 
-from fastprob._files import read_tensors, write_atomically, write_tensors
+from fastprob._files import read_tensors, write_tensors
 from fastprob.training import own_random_state, seed_all
 
 from .emoji import VENDORS, draw, read_emoji, split
 from .fetch import CIFAR10, EMOJI, TEXT_MODEL, fetch
 from .parts import gather
-from .towers import Files, encode_images, encode_texts, image_tower, squared
+from .towers import Files, encode_images, encode_texts, features, image_tower, squared
 
 SIDE = 48  # pixels of the CLIP's pictures
 PHOTOS, WORDS = 5000, 6000
@@ -63,34 +63,33 @@ class Lessons:
 
 
 def lessons(cache: Path, directory: Path) -> Lessons:
-    """All of it, made on the first call and kept in `directory`."""
-    file, texts = directory / "lessons.safetensors", directory / "texts.json"
-    if not (file.exists() and texts.exists()):
-        made = _make(cache, directory)
-        write_atomically(texts, json.dumps({"texts": made.texts, "captions": made.captions}))
-        write_tensors(file, {"pixels": made.pixels, "image": made.image, "text": made.text}, {})
-    tensors, _ = read_tensors("lessons", file)
-    return Lessons(**tensors, **json.loads(texts.read_text(encoding="utf-8")))
-
-
-def _make(cache: Path, directory: Path) -> Lessons:
-    drawings = _emoji(cache)
+    """All of it, made on the first call and kept in `directory`, part by part."""
+    clipart, drawings = gather(cache), _emoji(cache)
+    files = Files([picture.path for picture in clipart.pictures])
     images = [image for _, image in drawings] + _photos(cache)
-    features, clipart = _kept(directory / "image.safetensors", lambda: encode_images(images, cache)), gather(cache)
-    features, files = torch.cat([clipart.image, features]), Files([each.path for each in clipart.pictures])
-    pixels = torch.stack([_pixels(image) for of in (files, images) for image in tqdm(of, "pixels", unit="picture")])
     captioned = [[caption.text for caption in own] for own in clipart.captions]
     captioned += [each.captions for each, _ in drawings]
-    names, known = imagenet_names(), len(clipart.texts)
-    others = [caption for each, _ in drawings for caption in each.captions] + names + _words(cache)
-    texts = list(dict.fromkeys([*clipart.texts, *others]))
-    text = torch.cat([clipart.text, _kept(directory / "text.safetensors", lambda: encode_texts(texts[known:], cache))])
-    text = F.normalize(text - text.mean(0), dim=1)
+    pixels = _kept(directory / "pixels.safetensors", lambda: _all_pixels(files, images))
+    others = _kept(directory / "image.safetensors", lambda: encode_images(images, cache))
+    texts = list(dict.fromkeys([*clipart.texts, *chain(*captioned), *imagenet_names(), *_words(cache)]))
+    new = _kept(directory / "text.safetensors", lambda: encode_texts(texts[len(clipart.texts) :], cache))
+    image, text = (torch.cat(rows) for rows in zip(features(clipart.pictures, clipart.texts, cache), (others, new)))
     row = {text: i for i, text in enumerate(texts)}
     captions = [[row[caption] for caption in own] for own in captioned]
-    conse = _conse(features, text[[row[name] for name in names]], cache)
-    head = _head(Lessons(pixels, features, captions, texts, text))
-    return Lessons(pixels, F.normalize(head(features) + conse, dim=1).detach(), captions, texts, text)
+    made = Lessons(pixels, image, captions, texts, F.normalize(text - text.mean(0), dim=1))
+    return replace(made, image=_kept(directory / "target.safetensors", lambda: _targets(made, cache)))
+
+
+def _all_pixels(*images: Sequence[Image.Image]) -> Tensor:
+    """[N, 3, S, S] uint8."""
+    return torch.stack([_pixels(image) for of in images for image in tqdm(of, "pixels", unit="picture")])
+
+
+def _targets(data: Lessons, cache: Path) -> Tensor:
+    """The pictures' targets [N, D], where `data.image` has their features."""
+    row = {text: i for i, text in enumerate(data.texts)}
+    conse = _conse(data.image, data.text[[row[name] for name in imagenet_names()]], cache)
+    return F.normalize(_head(data)(data.image) + conse, dim=1).detach()
 
 
 def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
