@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import sys
 
 import numpy as np
@@ -14,7 +15,6 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 from bench.real import clip, emoji, few_shot, teacher
 from fastprob.data.labelled import open_splits
 from fastprob.encoders import load_encoder
-from fastprob.training import LAST
 
 VENDORS = (*emoji.VENDORS, emoji.HELD_OUT)
 
@@ -122,7 +122,7 @@ def data():
     return teacher.Lessons(pixels, image, [[i % 5, 5] for i in range(8)], [f"word {i}" for i in range(9)], text)
 
 
-RECIPE = clip.Recipe(epochs=2, steps=2, pairs=4, photos=2, words=3)
+RECIPE = clip.Recipe(epochs=2, steps=3, pairs=4, photos=2, words=3)
 
 
 def test_batches_are_pictures_with_captions_of_their_own_then_photographs(data):
@@ -147,18 +147,19 @@ def test_the_clip_learns_and_is_read_by_open_clips_name(data, tmp_path):
 
 
 def test_an_interrupted_training_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
-    whole = clip.train(data, RECIPE, progress=False)
-    end = clip._Run.end_epoch
+    whole, loss, steps = clip.train(data, RECIPE, progress=False), clip._Run.loss, []
 
-    def interrupted(run):
-        end(run)
-        raise KeyboardInterrupt
+    def interrupted(run, *batch):
+        steps.append((run.epoch, run.step))
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return loss(run, *batch)
 
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(clip._Run, "end_epoch", interrupted)
+    monkeypatch.setattr(clip._Run, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         clip.train(data, RECIPE, tmp_path, progress=False)
-    assert (tmp_path / LAST).exists()
     resumed = clip.train(data, RECIPE, tmp_path, progress=False)
+    assert steps == [(epoch, step) for epoch in (0, 1) for step in (0, 1, 2)]
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
 

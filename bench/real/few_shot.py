@@ -120,16 +120,13 @@ def task_directory(name: str, cache: Path) -> Path:
 
 
 def write_task(pictures: Iterable[Picture], directory: Path) -> None:
-    """A PNG file of every picture, and classnames.txt; the directory appears when it is whole."""
+    """A PNG file of every picture in a folder a class; the directory appears when it is whole."""
     scratch = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    names = {}
     for number, (part, name, image) in enumerate(pictures):
-        folder = name.replace(" ", "_")
-        names[folder] = name
-        (scratch / part / folder).mkdir(parents=True, exist_ok=True)
-        image.save(scratch / part / folder / f"{number:05d}.png")
-    write_atomically(scratch / "classnames.txt", "".join(f"{folder} {name}\n" for folder, name in names.items()))
+        folder = scratch / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number:05d}.png")
     scratch.rename(directory)
 
 
@@ -168,16 +165,17 @@ def _tools(task: str, cache: Path):
 
 def run(cache: Path, out: Path, tasks: Iterable[str]) -> None:
     """Tune, score and write `out`/report.md with a directory a task."""
-    clip(cache)
-    splits = {task: open_splits(str(task_directory(task, cache))) for task in tasks}
-    each_on_a_thread(partial(_fit, cache), settings(tasks), "few-shot runs")
-    reports = {}
-    for task, of in splits.items():
+    clip(cache)  # here, not in every process
+    reports, splits = {}, {}
+    for task in tasks:
+        splits[task] = open_splits(str(task_directory(task, cache)))
+        each_on_a_thread(partial(_fit, cache), settings([task]), f"few-shot runs, {task}")
         runs = directory_of(cache) / "runs" / task
-        reports[task] = evaluate_runs(runs, of, template=TASKS[task].template, progress=False)
+        reports[task] = evaluate_runs(runs, splits[task], template=TASKS[task].template, progress=False)
         reports[task].save(out / task)
         reports[task].draw(out / task)
-    write_atomically(out / "report.md", text := report(reports, splits))
+    text = report(reports, splits)
+    write_atomically(out / "report.md", text)
     print(f"\n{text}\nWritten to {out / 'report.md'}")
 
 
