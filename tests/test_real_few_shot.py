@@ -32,12 +32,13 @@ ROWS += [row(14, "tea", "drink"), row(15, "flag-x", "flag", "Flags"), row(16, "m
 
 @pytest.fixture
 def package(tmp_path):
-    """Unpacked emoji: in the cell (x, y) of a vendor's sheet, all pixels are (vendor, x, y)."""
+    """Unpacked emoji: in the cell (x, y) of a vendor's sheet, all pixels are (vendor, x, y), but one is transparent."""
     for number, vendor in enumerate(VENDORS):
         sheet = np.zeros((5 * 34, 4 * 34, 4), np.uint8)
         for x in range(4):
             for y in range(5):
                 sheet[34 * y + 1 : 34 * y + 33, 34 * x + 1 : 34 * x + 33] = (number, x, y, 255)
+                sheet[34 * y + 5, 34 * x + 5, 3] = 0
         file = tmp_path / "emoji" / "package" / "img" / vendor / "sheets" / "32.png"
         file.parent.mkdir(parents=True)
         Image.fromarray(sheet).save(file)
@@ -59,8 +60,8 @@ def test_a_drawing_is_the_vendors_own_cell(package):
         drawn = emoji.draw(package, vendor, found)
         assert [each for each, _ in drawn] == (found[:-1] if vendor == "apple" else found)
         for each, image in drawn:
-            assert image.size == (32, 32)
-            assert image.getcolors() == [(32 * 32, (number, *each.cell, 255))]
+            assert image.size == (32, 32) and image.getpixel((4, 4)) == (255, 255, 255)
+            assert sorted(image.getcolors()) == [(1, (255, 255, 255)), (32 * 32 - 1, (number, *each.cell))]
 
 
 def test_no_emoji_and_no_vendor_is_in_two_parts(package, monkeypatch):

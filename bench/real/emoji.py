@@ -76,13 +76,14 @@ def split(emoji: Sequence[Emoji]) -> dict[str, list[Emoji]]:
 
 
 def draw(directory: Path, vendor: str, emoji: Sequence[Emoji]) -> list[tuple[Emoji, Image.Image]]:
-    """The vendor's own drawings of these emoji; where it has none, its sheet shows another vendor's."""
+    """The vendor's own drawings of these emoji, in RGB; where it has none, its sheet shows another vendor's."""
     with Image.open(directory / "package" / "img" / vendor / "sheets" / f"{SIDE}.png") as file:
         sheet = file.convert("RGBA")
     return [(each, _cut(sheet, each.cell)) for each in emoji if vendor in each.vendors]
 
 
 def _cut(sheet: Image.Image, cell: tuple[int, int]) -> Image.Image:
-    """The picture of a cell, which has a border of one pixel."""
+    """The picture of a cell, which has a border of one pixel, on white."""
     left, top = (place * (SIDE + 2) + 1 for place in cell)
-    return sheet.crop((left, top, left + SIDE, top + SIDE))
+    drawing = sheet.crop((left, top, left + SIDE, top + SIDE))
+    return Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
