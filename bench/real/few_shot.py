@@ -62,6 +62,7 @@ class Task:
     pictures: Callable[[Path], Iterator[Picture]]
     template: str
     epochs: int
+    batch_size: int
     shots: dict[str, tuple[int, ...]]
 
 
@@ -102,9 +103,9 @@ def read_drawing(line: str) -> Image.Image:
 
 QUICKDRAW_SHOTS = {name: (1, 4) for name in METHODS if "vpt" in name or "dapt" in name} | {"cocoop": ()}
 TASKS = {
-    "cifar10": Task(cifar_pictures, "a photo of a {}", 30, {}),
-    "emoji": Task(emoji_pictures, "an emoji of {}", 10, {"cocoop": (1, 4)}),
-    "quickdraw": Task(quickdraw_pictures, "a drawing of a {}", 5, QUICKDRAW_SHOTS),
+    "cifar10": Task(cifar_pictures, "a photo of a {}", 30, 32, {}),
+    "emoji": Task(emoji_pictures, "an emoji of {}", 10, 32, {"cocoop": ()}),
+    "quickdraw": Task(quickdraw_pictures, "a drawing of a {}", 5, 128, QUICKDRAW_SHOTS),
 }
 
 
@@ -145,7 +146,7 @@ def settings(tasks: Iterable[str], seeds: Iterable[int] = SEEDS) -> list[tuple[s
 
 
 def _config(task: Task, method: str, shots: int, seed: int) -> PromptConfig:
-    options = {**METHODS[method], "template": task.template, "epochs": task.epochs}
+    options = {**METHODS[method], "template": task.template, "epochs": task.epochs, "batch_size": task.batch_size}
     if "init" in options:
         options["init"] = task.template.removesuffix(" {}")
     return PromptConfig(**options, shots=shots, seed=seed)
