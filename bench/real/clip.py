@@ -111,11 +111,11 @@ class _Run(Run):
         owner, text = self.data.pairs
         counts = torch.bincount(owner)
         first = counts.cumsum(0) - counts
-        photos, captions = len(self.data.pixels) - len(counts), int(text.max()) + 1
+        captions = int(text.max()) + 1
         for step in range(recipe.steps):
             which = torch.randperm(len(counts), generator=draw)[: recipe.pairs]
             caption = first[which] + (torch.rand(len(which), generator=draw) * counts[which]).long()
-            photo = len(counts) + torch.randint(max(photos, 1), (recipe.photos if photos else 0,), generator=draw)
+            photo = torch.randint(len(counts), len(self.data.pixels), (recipe.photos,), generator=draw)
             words = torch.randint(captions, len(self.tokens), (recipe.words,), generator=draw)
             if step >= self.step:
                 yield torch.cat([which, photo]), torch.cat([text[caption], words])

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from open_clip import ClipLoss
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import MobileNet_V2_Weights
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from fastprob.training import own_random_state, seed_all
 from .emoji import VENDORS, draw, read_emoji, split
 from .fetch import CIFAR10, EMOJI, TEXT_MODEL, fetch
 from .parts import gather
-from .towers import Files, encode_images, encode_texts, features, image_tower, squared
+from .towers import Files, Head, encode_images, encode_texts, features, image_tower, squared
 
 SIDE = 48  # pixels of the CLIP's pictures
 PHOTOS, WORDS = 5000, 6000
@@ -137,25 +137,12 @@ def _conse(features: Tensor, names: Tensor, cache: Path) -> Tensor:
     return F.normalize(image_tower(cache)._fc(features).softmax(1) @ F.normalize(names - names.mean(0), dim=1), dim=1)
 
 
-class Head(nn.Module):
-    """Features to unit vectors of the texts' space: [N, 1280] -> [N, D]."""
-
-    def __init__(self, rows: Tensor, dim: int):
-        super().__init__()
-        self.register_buffer("mean", rows.mean(0))
-        self.register_buffer("std", rows.std(0) + 1e-4)
-        self.dropout, self.linear = nn.Dropout(DROPOUT), nn.Linear(rows.shape[1], dim)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return F.normalize(self.linear(self.dropout((rows - self.mean) / self.std)), dim=1)
-
-
 def _head(data: Lessons, seed: int = 0) -> Head:
     """Trained on the captioned pictures, whose features are `data.image`, towards their captions' embeddings."""
     cpu = torch.device("cpu")
     with own_random_state(cpu):
         seed_all(seed, cpu)
-        head, loss_of, (owner, text) = Head(data.image, data.text.shape[1]), ClipLoss(), data.pairs
+        head, loss_of, (owner, text) = Head(data.image, DROPOUT, data.text.shape[1]), ClipLoss(), data.pairs
         optimizer = torch.optim.AdamW(head.parameters(), HEAD_LR, weight_decay=HEAD_DECAY, fused=True)
         for _ in tqdm(range(HEAD_EPOCHS), "head", unit="epoch"):
             for rows in _one_caption_each(data.captions):

@@ -116,14 +116,14 @@ def encode_texts(texts: Sequence[str], cache: Path, batch: int = 256) -> Tensor:
 
 
 class Head(nn.Module):
-    """Standardised features to unit vectors: [B, W] -> [B, DIM]."""
+    """Standardised features to unit vectors: [B, W] -> [B, dim]."""
 
-    def __init__(self, rows: Tensor, dropout: float):
+    def __init__(self, rows: Tensor, dropout: float, dim: int = DIM):
         """rows: the features [N, W] whose mean and deviation standardise."""
         super().__init__()
         self.register_buffer("mean", rows.mean(0))
         self.register_buffer("std", rows.std(0) + 1e-4)
-        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(rows.shape[1], DIM)
+        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(rows.shape[1], dim)
 
     def forward(self, rows: Tensor) -> Tensor:
         return F.normalize(self.linear(self.dropout((rows - self.mean) / self.std)), dim=1)
