@@ -107,12 +107,11 @@ def checked(op: str, arguments: tuple[Argument, ...], tensors: list, elementwise
     of one shape if elementwise. An absent optional tensor is None.
 
     Raises:
-        TypeError: for what is no tensor.
-        ValueError: for a tensor of another dtype or device, or shapes that do not broadcast.
+        ValueError: for what is no tensor, a tensor of another dtype or device, or shapes that do not broadcast.
     """
     for a, t in zip(arguments, tensors):
         if not isinstance(t, Tensor) and not (a.optional and t is None):
-            raise TypeError(f"{op}: {a.name} must be a tensor{' or None' * a.optional}, got {type(t).__name__}")
+            raise ValueError(f"{op}: {a.name} must be a tensor{' or None' * a.optional}, got {type(t).__name__}")
     lead, first = next((a.name, t) for a, t in zip(arguments, tensors) if t is not None and a.kind.differentiable)
     if first.device.type != "meta" and torch.is_autocast_enabled(first.device.type):
         tensors = [_widened(t) if a.kind.dtype is None else t for a, t in zip(arguments, tensors)]

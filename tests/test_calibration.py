@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from fastprob.adapters import PairedEmbeddings, ProbVLM, predict, report
 from fastprob.evaluation import figures, retrieval
 from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
-from fastprob.evaluation.retrieval import match_rank, recall_at_k
+from fastprob.evaluation.retrieval import find_matches, match_rank, recall_at_k
 from fastprob.evaluation.statistics import mean_std, spearman
 from fastprob.evaluation.tables import markdown, percent
 
@@ -67,13 +67,11 @@ def test_equal_recall_everywhere_has_no_score():
     assert "nan" in got.table()
 
 
-@pytest.mark.parametrize("width", [5, 1 << 15])  # of blocks of the gallery, where 17 items are too many
-@pytest.mark.parametrize("budget", [1, 64, 1 << 23])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 5), (4, 17), (31, 4), (1 << 11, 1 << 12)])
 @pytest.mark.parametrize("kind", ["matrix", "ids"])
-def test_ranks_against_brute_force(monkeypatch, budget, kind, width):
-    monkeypatch.setattr(retrieval, "_SIMILARITIES", budget)
-    monkeypatch.setattr(retrieval, "_WIDEST", width)
-    monkeypatch.setattr(retrieval, "_BLOCK", width)
+def test_ranks_against_brute_force(monkeypatch, rows, columns, kind):
+    monkeypatch.setattr(retrieval, "_ROWS", rows)
+    monkeypatch.setattr(retrieval, "_COLUMNS", columns)
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(31, 5, generator=generator)
     gallery = torch.randn(17, 5, generator=generator) * torch.logspace(-3, 3, 17)[:, None]  # length must not matter
@@ -84,9 +82,24 @@ def test_ranks_against_brute_force(monkeypatch, budget, kind, width):
         order = sorted(range(17), key=lambda g: -float(cosine_similarity(q, gallery[g], dim=0)))
         expected.append(next(place for place, g in enumerate(order) if matches[g]))
     match = matrix if kind == "matrix" else ids
+    reverse = match.T if kind == "matrix" else match[::-1]
     assert match_rank(query, gallery, match).tolist() == expected
+    found = find_matches(query, gallery, match)
+    assert [each.rank.tolist() for each in found] == [expected, match_rank(gallery, query, reverse).tolist()]
+    similar = cosine_similarity(query[:, None], gallery, dim=2)
+    for each, along in zip(found, (1, 0)):
+        assert each.first.tolist() == pytest.approx(similar.amax(along).tolist(), abs=1e-6)
     for k in (1, 3, 17):
         assert recall_at_k(query, gallery, match, k) == pytest.approx(sum(e < k for e in expected) / 31)
+
+
+def test_ranks_of_both_directions_want_a_match_of_both():
+    rows, ids = torch.eye(3), torch.arange(3)
+    assert match_rank(rows[:2], rows, (ids[:2], ids)).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="find_matches: every gallery item needs a match, item 2 has none"):
+        find_matches(rows[:2], rows, (ids[:2], ids))
+    with pytest.raises(ValueError, match="match_rank: every query needs a match, query 2 has none"):
+        find_matches(rows, rows[:2], (ids, ids[:2]))
 
 
 def test_a_tie_with_the_best_match_counts_against_it():

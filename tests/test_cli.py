@@ -331,10 +331,20 @@ def test_store_mistakes(capsys, tmp_path, stores, run):
         assert message in fail(capsys, command, "--store", broken, *rest)
 
 
+def test_fit_on_the_exact_likelihood(capsys, tmp_path, stores):
+    out = ("--out", tmp_path / "run")
+    succeed("fit", "--store", stores / "train", "--val-store", stores / "val", *out, *FIT, "--cross", "exact")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history["config"]["cross"] == "exact" and len(history["val_nll_exact"]) == 2
+    before, after = history["nll_before"], history["nll_after"]
+    assert f"NLL {before:.4f} -> {after:.4f} nats" in capsys.readouterr().out and after < before
+
+
 def test_fit_mistakes(capsys, tmp_path, stores, run, wide):
     train, out = ("--store", stores / "train"), tmp_path / "run"
     assert "dropout must be in [0, 1), got 1.5" in fail(capsys, "fit", *train, "--out", out, "--dropout", "1.5")
     assert "form must be" in fail(capsys, "fit", *train, "--out", out, "--form", "draft")
+    assert "cross must be" in fail(capsys, "fit", *train, "--out", out, "--cross", "both")
     assert "different encoders" in fail(capsys, "fit", *train, "--val-store", wide, "--out", out)
     assert not out.exists()
     assert "last.pt" in fail(capsys, "fit", *train, "--out", out, "--resume")

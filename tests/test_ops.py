@@ -364,7 +364,7 @@ def test_optional_tensors_may_be_absent():
     torch.testing.assert_close(torch.func.vmap(lambda x: own_moments(x)[0])(x), x)
     with pytest.raises(ValueError, match="mask must be bool, got torch"):
         own_moments(x, None, x)
-    with pytest.raises(TypeError, match="weight must be a tensor or None, got float"):
+    with pytest.raises(ValueError, match="weight must be a tensor or None, got float"):
         own_moments(x, 2.0)
 
 
@@ -631,8 +631,9 @@ def test_wrong_calls_raise_type_errors():
         fastprob.ggd_nll(x, x, x, x, mu=x)
     with pytest.raises(TypeError, match="too many positional arguments"):
         fastprob.ggd_nll(x, x, x, x, "paper")
-    with pytest.raises(TypeError, match="beta must be a tensor, got float"):
-        fastprob.ggd_nll(x, x, 2.0, x)
+    for beta, kind in ((2.0, "float"), (x.numpy(), "ndarray"), (x.tolist(), "list")):
+        with pytest.raises(ValueError, match=f"ggd_nll: beta must be a tensor, got {kind}"):
+            fastprob.ggd_nll(x, x, beta, x)
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])

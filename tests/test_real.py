@@ -264,8 +264,9 @@ def test_every_run_has_a_file_of_its_own():
     assert all(name.endswith("plain-120epochs-seed0") or name.endswith("plain-60epochs-seed0") for name in names[:12])
 
 
-def test_a_run_is_what_its_judge_takes(part):
-    setting = study.Setting("openclipart", "paper", 1.0, 0, "balanced", 2)
+@pytest.mark.parametrize("form", study.FORMS)
+def test_a_run_is_what_its_judge_takes(part, form):
+    setting = study.Setting("openclipart", form, 1.0, 0, "balanced", 2)
     result = study.run(setting, {"train": part, "test": part})
     assert len(result["text"]["test"]) == 3 and len(result["image"]["test"]) == 3
     wrong = measures.Judge(part, part).wrong

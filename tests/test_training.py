@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -136,6 +137,7 @@ def test_defaults_are_those_documented():
         "l1_weight": 0.0,
         "nll_weight": 1.0,
         "form": "paper",
+        "cross": "delta",
         "hidden": 256,
         "dropout": 0.1,
         "positive": "softplus",
@@ -155,7 +157,8 @@ def test_the_optimiser_is_adam_as_released(monkeypatch):
     (group,) = runs[0].optimizer.param_groups
     assert isinstance(runs[0].optimizer, torch.optim.Adam)
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-3, (0.9, 0.999), 1e-8, 0)
-    assert runs[0].options == {"cross_weight": 1.0, "l1_weight": 0.0, "nll_weight": 1.0, "form": "paper"}
+    weights = {"cross_weight": 1.0, "l1_weight": 0.0, "nll_weight": 1.0}
+    assert runs[0].options == {**weights, "form": "paper", "cross": "delta"}
 
 
 def test_every_loss_option_reaches_the_loss(monkeypatch):
@@ -182,6 +185,123 @@ def test_nll_is_the_mean_over_all_captions(monkeypatch):
         for weight, of, z in ((1, of_v, z_v), (1, of_t, z_t), (0.25, of_v, z_t), (0.25, of_t, z_v)):
             total += weight * fastprob.ggd_nll(*of, z, form="released").item()
     assert got == pytest.approx(total / len(data.text), rel=1e-5)
+
+
+# ---- the exact cross-modal likelihood -------------------------------------------------------------------------------
+
+EXACT = TrainConfig(**{**vars(CONFIG), "cross": "exact"})
+
+
+def match_by_quadrature(mu, inv_alpha, beta, other_mu, other_inv_alpha, other_beta):
+    """-log integral G_1 G_2 for shapes above 1, by 400 nodes a piece, drawn to the cusps: elements [...] of float64."""
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(400))
+    y, weights = (1 + nodes) / 2, weights / 2  # [Q]
+    near, far = y**5, (1 - y) ** 5
+    x, weights = near / (near + far), weights * 5 * near * far / (y * (1 - y) * (near + far) ** 2)
+    a, b, c, d = inv_alpha + 1e-4, beta + 1e-4, other_inv_alpha + 1e-4, other_beta + 1e-4
+    left, right = torch.minimum(mu, other_mu), torch.maximum(mu, other_mu)
+    tail = 40 / torch.minimum(a, c)
+    integral = 0
+    for start, length in ((left - tail, tail), (left, right - left), (right, tail)):
+        z = start[..., None] + length[..., None] * x  # [..., Q]
+        phi = ((z - mu[..., None]).abs() * a[..., None]) ** b[..., None]
+        phi = phi + ((z - other_mu[..., None]).abs() * c[..., None]) ** d[..., None]
+        integral = integral + length * ((-phi).exp() * weights).sum(-1)
+    norms = torch.lgamma(1 + 1 / b) - a.log() + torch.lgamma(1 + 1 / d) - c.log() + 2 * math.log(2)
+    return norms - integral.log()
+
+
+def test_the_exact_loss_and_its_gradients_are_those_of_a_plain_transcription():
+    def single(mu, inv_alpha, beta, z):
+        a, b = inv_alpha + 1e-4, beta + 1e-4
+        nll = (((mu - z).abs() * a) ** b).clamp(1e-4, 1e3) - a.log() + torch.lgamma(1 + 1 / b)
+        return (0.7 * nll + 0.2 * (mu - z).abs()).mean()
+
+    image, text, *random = torch.randn(8, 6, 9, dtype=torch.float64)
+    leaves = [image + random[0], random[1].abs() + 0.5, random[2].abs() + 1.05]
+    leaves += [text + random[3], random[4].abs() + 0.5, random[5].abs() + 1.05]
+    of_image, of_text = (tuple(t.requires_grad_() for t in leaves[i : i + 3]) for i in (0, 3))
+    weights = {"cross_weight": 0.3, "nll_weight": 0.7, "l1_weight": 0.2}
+    got = training._loss(of_image, of_text, image, text, cross="exact", form="paper", **weights)
+    expected = single(*of_image, image) + single(*of_text, text)
+    expected = expected + 0.3 * 0.7 * match_by_quadrature(*of_image, *of_text).mean()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+
+
+def match_nll(model, data):
+    of_image, of_text = model.eval()(data.image, data.text)
+    return fastprob.ggd_match_nll(*(of[data.caption_image] for of in of_image), *of_text).item()
+
+
+@pytest.mark.parametrize("positive", ["relu", "softplus"])
+def test_training_on_the_exact_likelihood_improves_it_on_held_out_pairs(positive):
+    """Over the same run on the delta approximation, which improves it too."""
+    held_out, config = pairs(seed=1), {**vars(CONFIG), "epochs": 20, "positive": positive}
+    delta, exact = (run(config=TrainConfig(**{**config, "cross": cross})) for cross in ("delta", "exact"))
+    untrained = run(config=TrainConfig(**{**config, "epochs": 1, "lr": 1e-9}))
+    assert match_nll(exact.model, held_out) < match_nll(delta.model, held_out) - 0.05
+    assert match_nll(delta.model, held_out) < match_nll(untrained.model, held_out) - 0.5
+    assert exact.history["val_nll_exact"][-1] == pytest.approx(nll(exact.model, held_out, cross="exact"), abs=1e-6)
+    assert exact.nll_after == exact.history["val_nll"][-1] == pytest.approx(nll(exact.model, held_out), abs=1e-6)
+
+
+def test_before_training_both_runs_report_the_same_nll():
+    exact, delta = run(config=EXACT), run()
+    assert exact.nll_before == delta.nll_before and "val_nll_exact" not in delta.history
+    assert exact.history["step_loss"] != delta.history["step_loss"]
+
+
+def test_a_run_on_the_exact_likelihood_keeps_the_epoch_that_is_best_by_it(tmp_path, monkeypatch):
+    scores, saved = {"delta": iter([9.0, 3.0, 2.0, 1.0]), "exact": iter([2.0, 1.0, 3.0])}, []
+    monkeypatch.setattr(training._Run, "score_nll", lambda self, cross="delta": next(scores[cross]))
+    monkeypatch.setattr(ProbVLM, "save", lambda self, path: saved.append(path.name))
+    history = run(tmp_path, config=EXACT).history
+    assert (history["val_nll"], history["val_nll_exact"]) == ([3.0, 2.0, 1.0], [2.0, 1.0, 3.0])
+    assert history["nll_after"] == 1.0 and saved == ["best.safetensors"] * 2
+
+
+def test_a_run_on_the_exact_likelihood_resumes_bit_for_bit(tmp_path, monkeypatch):
+    expected = run(config=EXACT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(tmp_path, config=EXACT)
+    with pytest.raises(ValueError, match="was trained with cross='exact', got cross='delta'"):
+        run(tmp_path, resume=True)
+    assert same(run(tmp_path, config=EXACT, resume=True), expected)
+
+
+def test_a_run_from_before_there_was_a_choice_resumes_as_what_it_is(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["identity"]["cross"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="was trained with cross='delta', got cross='exact'"):
+        run(tmp_path, config=EXACT, resume=True)
+    assert same(run(tmp_path, resume=True), run())
+
+
+def test_the_exact_likelihood_of_pairs_is_the_mean_over_all_captions(monkeypatch):
+    torch.manual_seed(0)
+    model, data = ProbVLM(DIM, 16, 0.5).eval(), pairs()
+    monkeypatch.setattr(training, "_NLL_ROWS", 4)
+    own = nll(model, data, cross_weight=0.0)
+    got = nll(model, data, cross_weight=0.25, cross="exact")
+    assert got == pytest.approx(own + 0.25 * match_nll(model, data), rel=1e-5)
+
+
+def test_the_released_residual_has_no_exact_likelihood():
+    options = {"form": "released", "cross": "exact"}
+    message = "form must be 'paper' where cross is 'exact', got 'released'"
+    with pytest.raises(ValueError, match=f"TrainConfig: {message}"):
+        TrainConfig(**options)
+    with pytest.raises(ValueError, match=f"nll: {message}"):
+        nll(ProbVLM(DIM), pairs(), **options)
+
+
+# ---- what is drawn, saved and refused -------------------------------------------------------------------------------
 
 
 def test_an_epoch_draws_each_image_once_with_a_caption_of_its_own():
@@ -310,11 +430,12 @@ def test_resume_needs_a_checkpoint(tmp_path):
         run(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("form", ["paper", "released"])
+@pytest.mark.parametrize(("form", "cross"), [("paper", "delta"), ("released", "delta"), ("paper", "exact")])
 @pytest.mark.parametrize("positive", ["relu", "softplus"])
-def test_fused_training_follows_the_reference(form, positive):
+def test_fused_training_follows_the_reference(form, cross, positive):
     """Same seed, same batches, 20 steps; Adam divides by the gradient's own size, which lets rounding grow."""
-    config = TrainConfig(epochs=4, batch_size=5, hidden=16, lr=3e-3, form=form, positive=positive, l1_weight=0.1)
+    loss = {"form": form, "cross": cross, "l1_weight": 0.1}
+    config = TrainConfig(epochs=4, batch_size=5, hidden=16, lr=3e-3, positive=positive, **loss)
     fused = torch.tensor(run(config=config).history["step_loss"])
     with fastprob.backend("reference"):
         reference = torch.tensor(run(config=config).history["step_loss"])
@@ -404,6 +525,7 @@ def test_bad_pairs_are_refused_by_fit_whatever_holds_them():
         ("l1_weight", float("inf")),
         ("nll_weight", float("nan")),
         ("form", "other"),
+        ("cross", "other"),
         ("hidden", 0),
         ("dropout", 1.0),
         ("positive", "exp"),

@@ -1,18 +1,29 @@
 """ProbVLM: adapters that turn frozen embeddings into distributions, their training and their uncertainty."""
 
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.error import ErrorModels, fit_error
+from fastprob.adapters.predictions import Ranking, rank, write_predictions
+from fastprob.adapters.report import Report, evaluate_store, training_curves
 from fastprob.adapters.training import FitResult, TrainConfig, fit, nll
 from fastprob.adapters.uncertainty import Uncertainty, predict
 from fastprob.data.pairs import PairedEmbeddings
 
 __all__ = [
+    "ErrorModels",
     "FitResult",
     "GGDAdapter",
     "PairedEmbeddings",
     "ProbVLM",
+    "Ranking",
+    "Report",
     "TrainConfig",
     "Uncertainty",
+    "evaluate_store",
     "fit",
+    "fit_error",
     "nll",
     "predict",
+    "rank",
+    "training_curves",
+    "write_predictions",
 ]

@@ -160,10 +160,14 @@ def rank(
 ) -> Ranking:
     """The `top` items of a gallery [G, D] that match a query [D] best.
 
-    by: "cosine", as retrieval by the frozen encoder has it, or "likelihood", under the query's distribution.
-    passes, seed: dropout passes of the uncertainties, see `predict`.
+    Args:
+        of_query: the query's adapter, `ProbVLM().text` or `.image`.
+        of_gallery: the gallery's.
+        by: "cosine", as retrieval by the frozen encoder has it, or "likelihood", under the query's distribution.
+        passes, seed: dropout passes of the uncertainties, see `predict`.
 
-    Raises ValueError for an option out of its range.
+    Raises:
+        ValueError: an option out of its range.
     """
     if not 1 <= top <= len(gallery):
         raise ValueError(f"rank: top must be from 1 to the {len(gallery)} items, got {top}")

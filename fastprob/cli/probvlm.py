@@ -131,6 +131,7 @@ FIT_HELP = {
     "l1_weight": "weight of the L1 terms",
     "nll_weight": "weight of the likelihood terms",
     "form": "residual term of the loss: paper or released",
+    "cross": "cross-modal likelihood: delta, the paper's two terms, or exact, what they approximate (slower)",
     "hidden": "width of the adapter's hidden layers",
     "dropout": "probability of its dropout",
     "positive": "what ends its 1/alpha and beta heads: softplus or relu",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprob._arguments import as_tensor
 from fastprob.data.pairs import Paired, check_paired
-from fastprob.evaluation.retrieval import Match, match_rank
+from fastprob.evaluation.retrieval import Match, find_matches, match_rank
 from fastprob.evaluation.statistics import pearson, spearman
 
 
@@ -109,11 +109,10 @@ def evaluate(
     check_paired("evaluate", data)
     if match is None:
         match = torch.arange(len(data.image)), data.caption_image
-    reverse = (match[1], match[0]) if isinstance(match, tuple) else as_tensor("evaluate: match", match).T
-    return Evaluation(
-        calibrate(data.image, data.text, image_uncertainty, match, levels=levels),
-        calibrate(data.text, data.image, text_uncertainty, reverse, levels=levels),
-    )
+    counts = len(data.image), len(data.text)
+    scores = [_checked(*each, levels) for each in zip((image_uncertainty, text_uncertainty), counts)]
+    ranks = (found.rank for found in find_matches(data.image, data.text, match))
+    return Evaluation(*(_calibration(*each, levels) for each in zip(ranks, scores, counts[::-1])))
 
 
 def calibrate(query: Tensor, gallery: Tensor, uncertainty: Tensor, match: Match, *, levels: int = 10) -> Calibration:
@@ -130,10 +129,12 @@ def calibrate(query: Tensor, gallery: Tensor, uncertainty: Tensor, match: Match,
         ValueError: shapes that don't fit, an uncertainty or embedding that is not finite, a query without
             a match, fewer queries than levels.
     """
-    scores = _of_queries(uncertainty, len(query))  # [Q]
-    if not 2 <= levels <= len(query):
-        raise ValueError(f"calibrate: levels must be from 2 to the {len(query)} queries, got {levels}")
-    rank = match_rank(query, gallery, match)
+    scores = _checked(uncertainty, len(query), levels)  # [Q]
+    return _calibration(match_rank(query, gallery, match), scores, len(gallery), levels)
+
+
+def _calibration(rank: Tensor, scores: Tensor, gallery: int, levels: int) -> Calibration:
+    """Of queries with ranks [Q] and uncertainties [Q]."""
     level = uncertainty_levels(scores, levels)  # [Q]
     count = torch.bincount(level, minlength=levels)
 
@@ -147,7 +148,7 @@ def calibrate(query: Tensor, gallery: Tensor, uncertainty: Tensor, match: Match,
         count=count.tolist(),
         spearman=spearman(steps, recall),
         r2=pearson(steps, recall) ** 2,
-        recall_at={k: float((rank < k).double().mean()) for k in (1, 5, 10) if k <= len(gallery)},
+        recall_at={k: float((rank < k).double().mean()) for k in (1, 5, 10) if k <= gallery},
     )
 
 
@@ -165,8 +166,10 @@ def mean_uncertainty(uncertainty: Tensor) -> Tensor:
     return of_rows.mean(1) if of_rows.dim() == 2 else of_rows
 
 
-def _of_queries(uncertainty: Tensor, queries: int) -> Tensor:
+def _checked(uncertainty: Tensor, queries: int, levels: int) -> Tensor:
     """Check the uncertainty of the queries: [Q] or [Q, D] -> [Q] float64 on the CPU."""
+    if not 2 <= levels <= queries:
+        raise ValueError(f"calibrate: levels must be from 2 to the {queries} queries, got {levels}")
     uncertainty = as_tensor("calibrate: uncertainty", uncertainty)
     if uncertainty.dim() not in (1, 2) or len(uncertainty) != queries:
         got = tuple(uncertainty.shape)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from fastprob._files import locked, read_pickle, write_atomically
 from fastprob.training.distributed import average, on_any, rank
 from fastprob.training.random import random_state, set_random_state
 
-LAST = "last.pt"  # what a run resumes from
+LAST = "last.pt"
+"""What a run resumes from."""
+
 _REPORT_EVERY = 50
 """Steps between reads of the loss from the device: for the progress bar, and to stop at a NaN soon."""
 
@@ -37,6 +39,9 @@ class Run:
     of the run and of an epoch; scaler: of a loss in float16; extras: modules that change without a gradient, such as an
     average of the weights or a queue of embeddings, by name.
     """
+
+    identity_before: ClassVar[Mapping[str, Any]] = {}
+    """What runs had in common that were saved before `identity` named it."""
 
     def __init__(
         self,
@@ -191,7 +196,7 @@ class Run:
         if not isinstance(state.get("identity"), dict):
             raise ValueError(f"fit: {path} must be a checkpoint of a run, its state can't be used: it has no identity")
         for field, ours in self.identity().items():
-            theirs = state["identity"].get(field)
+            theirs = state["identity"].get(field, self.identity_before.get(field))
             if theirs != ours:
                 raise ValueError(f"fit: {path} was trained with {field}={theirs!r}, got {field}={ours!r}")
         try:

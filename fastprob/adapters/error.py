@@ -1,0 +1,215 @@
+"""How likely is it that the first match is wrong? A calibrated probability for every image and text of a store.
+
+It is fitted on pairs whose matches are known, from all that is at hand: what the similarities of the frozen embeddings
+tell (`fastprob.evaluation.signals`) and, where there is an adapter, the variances that it predicts for the query and
+for its first match. Texts of the same words are one item of the gallery.
+
+    model = fit_error(validation, captions=captions, adapter=adapter)
+    p = model(store, captions=store.captions, adapter=adapter)   # p["image"] [N], p["text"] [M]
+    model.save("run/error.safetensors")
+
+The first match of a larger gallery is wrong more often: the model is fitted on parts of the validation data of several
+sizes (`SHARES`), and the size is one of its signals. A query's probability depends on the other queries too: a text
+that many images ask for is less likely to be one image's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastprob._files import read_tensors, write_tensors
+from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.uncertainty import predict
+from fastprob.data.pairs import Paired, PairedEmbeddings, check_paired
+from fastprob.evaluation.error import ErrorModel, fit_error_model
+from fastprob.evaluation.retrieval import find_matches
+from fastprob.evaluation.selective import same
+from fastprob.evaluation.signals import Signals, fit_temperature, signals
+
+FILE = "error.safetensors"  # beside an adapter's checkpoint
+SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the images, for galleries of several sizes
+SIDES = ("image", "text")
+_VERSION = 1
+_ROWS = 16384  # of [D] predictions held at a time: 130 MB in four tensors at D = 512
+_LEAST = 1e-30  # of a variance, before its logarithm; its inverse is the greatest
+
+Variances = Mapping[str, Mapping[str, Tensor]]
+"""Side -> "aleatoric" and "epistemic" -> mean over D, [N] or [M]."""
+
+
+@dataclass(frozen=True)
+class ErrorModels:
+    """The fitted models of both directions: of an image that looks for its text, and of a text for its image."""
+
+    image: ErrorModel
+    text: ErrorModel
+    temperature: float
+    passes: int | None
+    """Dropout passes of the adapter's variances; None where it was fitted without an adapter."""
+
+    def __call__(
+        self, data: Paired, *, captions: Sequence[str] | None = None, adapter: ProbVLM | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """p(wrong) of each image [N] and each text [M], float64, by side.
+
+        Args:
+            data: the images and texts that look for each other; who belongs to whom is not looked at.
+            captions: what the texts are, M of them, so that equal ones count once (default: all are different).
+            adapter: the one that it was fitted with, if it was; seed: of its dropout passes.
+
+        Raises:
+            ValueError: without the adapter that it was fitted with.
+        """
+        if self.passes is not None and adapter is None:
+            raise ValueError("ErrorModels: adapter must be the one that it was fitted with, got None")
+        known = None if self.passes is None else variances(adapter, data, self.passes, seed)
+        found = store_signals(data, self.temperature, captions, known)
+        return {side: getattr(self, side)(found[side].values) for side in SIDES}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file; equal models are equal bytes."""
+        tensors, about = {}, {"version": _VERSION, "temperature": self.temperature, "passes": self.passes}
+        for side in SIDES:
+            model = getattr(self, side)
+            about[side] = {"names": model.names, "bias": model.bias}
+            tensors |= {f"{side}.{name}": getattr(model, name) for name in ("mean", "deviation", "weight")}
+        write_tensors(path, tensors, {"error": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ErrorModels:
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for another file."""
+        tensors, metadata = read_tensors("ErrorModels.load", path)
+        try:
+            about = json.loads(metadata["error"])
+            if about["version"] != _VERSION:
+                raise ValueError(f"version {_VERSION} was expected, got {about['version']}")
+            models = {side: _model(tensors, side, **about[side]) for side in SIDES}
+            return cls(**models, temperature=float(about["temperature"]), passes=about["passes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"ErrorModels.load: {path} must be what `save` writes: {error!r}") from error
+
+
+def _model(tensors: Mapping[str, Tensor], side: str, names: list[str], bias: float) -> ErrorModel:
+    numbers = [tensors[f"{side}.{name}"] for name in ("mean", "deviation", "weight")]
+    if any(each.shape != (len(names),) for each in numbers):
+        raise ValueError(f"{side} has {len(names)} names, and numbers of {[tuple(each.shape) for each in numbers]}")
+    return ErrorModel(tuple(names), *numbers, bias=float(bias))
+
+
+def fit_error(
+    data: Paired,
+    *,
+    captions: Sequence[str] | None = None,
+    adapter: ProbVLM | None = None,
+    truth: Tensor | None = None,
+    passes: int = 20,
+    seed: int = 0,
+) -> ErrorModels:
+    """Fit the probability that the first match is wrong on pairs that no adapter was trained on.
+
+    Args:
+        data: the pairs.
+        captions: what the texts are, M of them, so that equal ones count once (default: all are different).
+        adapter: whose variances are signals too (default: none, the similarities alone).
+        truth: which texts are true of which images, bool [M, N]; the first match is right where it is one of these
+            (default: where it is the query's own).
+        passes: dropout passes of the adapter's variances; seed: of these, and of the parts.
+
+    Raises:
+        ValueError: unusable pairs, or too few right or wrong ones, as `fit_error_model`.
+        ImportError: without scikit-learn.
+    """
+    check_paired("fit_error", data)
+    if truth is not None and (truth.shape != (len(data.text), len(data.image)) or truth.dtype != torch.bool):
+        expected = f"bool [{len(data.text)}, {len(data.image)}]"
+        raise ValueError(f"fit_error: truth must be {expected}, got {truth.dtype} {tuple(truth.shape)}")
+    temperature = fit_temperature(data)
+    known = None if adapter is None else variances(adapter, data, passes, seed)
+    group = {"image": torch.arange(len(data.image)), "text": _which(data, captions)}
+    rows: dict[str, list] = {side: [] for side in SIDES}
+    for number, share in enumerate(SHARES):
+        images, texts = _part(data, share, seed + number)
+        some, names = _some(data, images, texts), None if captions is None else [captions[i] for i in texts.tolist()]
+        which = {"image": images, "text": texts}
+        found = store_signals(some, temperature, names, _rows(known, which))
+        match = (torch.arange(len(images)), some.caption_image) if truth is None else truth[texts][:, images].T
+        for side, place in zip(SIDES, find_matches(some.image, some.text, match)):
+            rows[side].append((found[side].values, place.rank > 0, group[side][which[side]]))
+    models = {side: fit_error_model(*_joined(parts)) for side, parts in rows.items()}
+    return ErrorModels(**models, temperature=temperature, passes=None if adapter is None else passes)
+
+
+def _part(data: Paired, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of a random share of the images, and of their texts."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randperm(len(data.image), generator=generator)[: max(1, round(share * len(data.image)))]
+    chosen = torch.zeros(len(data.image), dtype=torch.bool).index_fill_(0, images, True)
+    return chosen.nonzero()[:, 0], chosen[data.caption_image].nonzero()[:, 0]
+
+
+def _some(data: Paired, images: Tensor, texts: Tensor) -> PairedEmbeddings:
+    place = torch.zeros(len(data.image), dtype=torch.int64).index_copy_(0, images, torch.arange(len(images)))
+    return PairedEmbeddings(data.image[images], data.text[texts], place[data.caption_image[texts]])
+
+
+def _rows(known: Variances | None, which: Mapping[str, Tensor]) -> Variances | None:
+    return known and {side: {name: of[which[side]] for name, of in known[side].items()} for side in SIDES}
+
+
+def _joined(parts: list[tuple[dict[str, Tensor], Tensor, Tensor]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    values, wrong, group = zip(*parts)
+    return {name: torch.cat([each[name] for each in values]) for name in values[0]}, torch.cat(wrong), torch.cat(group)
+
+
+def store_signals(
+    data: Paired, temperature: float, captions: Sequence[str] | None = None, known: Variances | None = None
+) -> dict[str, Signals]:
+    """Signals of all images and texts by side; `items` are rows of the other side.
+
+    known: variances of all rows; then there are also, for each kind, the logarithm of the query's and of its first
+    match's: "aleatoric" and "match_aleatoric", "epistemic" and "match_epistemic".
+    """
+    which = _which(data, captions)
+    distinct = torch.zeros(int(which.max()) + 1, dtype=torch.int64)
+    distinct.scatter_reduce_(0, which, torch.arange(len(which)), "amin", include_self=False)  # [U] the first of each
+    image, text = signals(data.image, data.text[distinct] if len(distinct) < len(which) else data.text, temperature)
+    found = {"image": Signals(image.values, distinct[image.items]), "text": text.rows(which)}
+    for side, other in zip(SIDES, SIDES[::-1]):
+        for kind in known[side] if known else ():
+            first = found[side].items[:, 0]
+            found[side].values[kind] = _log(known[side][kind])
+            found[side].values[f"match_{kind}"] = _log(known[other][kind][first])
+    return found
+
+
+def _log(variance: Tensor) -> Tensor:
+    return variance.double().clamp(_LEAST, 1 / _LEAST).log()
+
+
+def _which(data: Paired, captions: Sequence[str] | None) -> Tensor:
+    """[M] which of the different captions each text is."""
+    return torch.arange(len(data.text)) if captions is None else same(captions)
+
+
+def variances(adapter: ProbVLM, data: Paired, passes: int, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Aleatoric and epistemic variance of every row, means over D; see `Variances`."""
+    return {side: _variances(getattr(adapter, side), getattr(data, side), passes, seed) for side in SIDES}
+
+
+def _variances(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> dict[str, Tensor]:
+    blocks = [predict(adapter, block, passes=passes, seed=seed) for block in rows.split(_ROWS)]
+    kinds = ("aleatoric", "epistemic") if passes else ("aleatoric",)
+    return {kind: torch.cat([getattr(block, kind).mean(1).cpu() for block in blocks]) for kind in kinds}
+
+
+def beside(checkpoint: Path) -> ErrorModels | None:
+    """The models beside an adapter's checkpoint, if there are."""
+    file = checkpoint.parent / FILE
+    return ErrorModels.load(file) if file.exists() else None
