@@ -51,7 +51,7 @@ def expected(directory):
 def test_eval_judges_it_beside_its_signals(calibrated, tmp_path, capsys):
     succeed("eval", *of(calibrated), "--out", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())["comparisons"]
-    store, p = expected(calibrated)
+    store, _ = expected(calibrated)
     assert list(report) == ["image -> text, own", "text -> image, own"]
     for side, one in zip(SIDES, report.values()):
         names = {
@@ -85,7 +85,7 @@ def test_another_truth_is_another_question(calibrated, tmp_path):
 
 def test_predict_and_rank_say_it(calibrated, tmp_path, capsys):
     succeed("predict", *of(calibrated), "--out", tmp_path)
-    store, p = expected(calibrated)
+    _, p = expected(calibrated)
     for side in SIDES:
         with open(tmp_path / f"{side}s.csv", newline="", encoding="utf-8") as file:
             got = [float(row["p_wrong"]) for row in csv.DictReader(file)]

@@ -1,6 +1,8 @@
 """ProbVLM: adapters that turn frozen embeddings into distributions, their training and their uncertainty."""
 
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.diffusion import Decoder
+from fastprob.adapters.draws import Draws, draw
 from fastprob.adapters.error import ErrorModels, fit_error
 from fastprob.adapters.pages import write_report_page
 from fastprob.adapters.predictions import Ranking, rank, write_predictions
@@ -10,6 +12,8 @@ from fastprob.adapters.uncertainty import Uncertainty, predict
 from fastprob.data.pairs import PairedEmbeddings
 
 __all__ = [
+    "Decoder",
+    "Draws",
     "ErrorModels",
     "FitResult",
     "GGDAdapter",
@@ -19,6 +23,7 @@ __all__ = [
     "Report",
     "TrainConfig",
     "Uncertainty",
+    "draw",
     "evaluate_store",
     "fit",
     "fit_error",

@@ -227,11 +227,12 @@ def lines(store: EmbeddingStore, side: str, ranking: Ranking, wrong: float | Non
         yield f"the first match by cosine is wrong with probability {wrong:.2f}"
     yield "rank  cosine  log-likelihood  uncertainty  " + side
     numbers = zip(ranking.rows, ranking.cosine, ranking.log_likelihood, ranking.uncertainties)
-    owners = store.caption_image
     for place, (row, cosine, likelihood, uncertainty) in enumerate(numbers, start=1):
-        if side == "text":
-            name = store.captions[row]
-        else:
-            first = store.captions[int(torch.searchsorted(owners, row))]
-            name = f"{store.ids[row] if store.ids else row}: {first}"
+        name = store.captions[row] if side == "text" else image_name(store, row)
         yield f"{place:4d}  {cosine:6.3f}  {likelihood:14.4f}  {uncertainty:11.4g}  {name}"
+
+
+def image_name(store: EmbeddingStore, row: int) -> str:
+    """What the image of a row is called, and its first caption."""
+    first = store.captions[int(torch.searchsorted(store.caption_image, row))]
+    return f"{store.ids[row] if store.ids else row}: {first}"
