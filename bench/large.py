@@ -1,8 +1,8 @@
 """Memory and time of the ordinary commands on many embeddings: `python -m bench.large [--images N --texts M --dim D]`.
 
 Texts are their images with noise, so that ranks and losses are of the usual kind. Arrays, store and runs are kept in
---work, and what is there already, or in --out of the same sizes, is not made again. Peak memory is that of the process's
-own and, apart, with the pages of the store that are mapped, which the system takes back when it needs them.
+--work, and what is there already, or in --out of the same sizes, is not made again. Peak memory is that of the process
+itself and, apart, with the pages of the store that are mapped, which the system takes back when it needs them.
 """
 
 from __future__ import annotations
