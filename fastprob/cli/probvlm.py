@@ -187,7 +187,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def _open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
     store = open_store(args.store)
-    return store, _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
+    return store, load_checkpoint(args.checkpoint, store).to(device_of(args.device))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -200,7 +200,7 @@ def evaluate(args: argparse.Namespace) -> None:
         write_report(report, args.out, "eval")
 
 
-def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
+def load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
     """The model in a file or in a run's directory. Raises ValueError when it is none, or not for this store."""
     from fastprob.adapters import ProbVLM
     from fastprob.adapters.training import CHECKPOINT, ENCODER
