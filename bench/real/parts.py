@@ -117,15 +117,15 @@ def _make_openclipart(cache: Path, root: Path) -> None:
     image, text = features(pictures, list(row), cache)
     own = [torch.tensor([row[caption.text] for caption in each]) for each in captions]
     parts = split(len(pictures))
-    image_head, text_head = train_heads(_rows(image, text, own, parts["heads"]))
+    image_head, text_head = train_heads(rows_of(image, text, own, parts["heads"]))
     with torch.no_grad():
         image, text = image_head(image), text_head(text)
     for name in ("train", "val", "test"):
-        rows, members = _rows(image, text, own, parts[name]), [pictures[i] for i in parts[name]]
+        rows, members = rows_of(image, text, own, parts[name]), [pictures[i] for i in parts[name]]
         _part(rows, members).save(root / name)
 
 
-def _rows(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
+def rows_of(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
     """The rows of these pictures and of their captions; own: rows of `text` of each picture's captions."""
     counts = torch.tensor([len(own[i]) for i in members])
     caption_image = torch.arange(len(members)).repeat_interleave(counts)
