@@ -38,8 +38,8 @@ def text(about: dict, results: dict) -> str:
     seeds = len(next(iter(results["noisy"].values())))
     head = f"""# Does uncertainty choose?
 
-fastprob {about["fastprob"]}, torch {about["torch"]}, {about["machine"]}; {seeds} seeds, mean ± standard deviation. Made by
-`python -m bench.real.selection`; all figures are in selection.json. In short:
+fastprob {about["fastprob"]}, torch {about["torch"]}, {about["machine"]}; {seeds} seeds, mean ± standard deviation. Made
+by `python -m bench.real.selection`; all figures are in selection.json. In short:
 
 {_in_short(results)}"""
     return "\n\n".join([head, _noisy(results["noisy"]), _active(results["active"]), _models(results["models"])]) + "\n"
@@ -103,10 +103,10 @@ def _noisy(by_dataset: dict) -> str:
     sizes = "; ".join(f"{name}: {runs[0]['wrong']} of {runs[0]['captions']}" for name, runs in by_dataset.items())
     return f"""## Wrong captions
 
-{SWAPPED:.0%} of the captions of half of the training pictures were moved to other pictures; those that are not true of their
-new picture are wrong (of the first seed, {sizes}). Average precision of each score (`fastprob noisy`), random has the share
-of the wrong ones. An adapter of itself is trained on these captions, wrong ones and all; one of clean data on the other
-half as it is. A sum is of ranks.
+{SWAPPED:.0%} of the captions of half of the training pictures were moved to other pictures; those that are not true of
+their new picture are wrong (of the first seed, {sizes}). Average precision of each score (`fastprob noisy`); random has
+the share of the wrong ones. An adapter of itself is trained on these captions, wrong ones and all; one of clean data on
+the other half as it is. A sum is of ranks.
 
 {markdown(["score", *by_dataset], rows)}"""
 
@@ -124,10 +124,11 @@ def _active(by_dataset: dict) -> str:
     ]
     return """## What to label next
 
-Two linear heads over frozen features (`bench/real/targets.py`) are tuned with open_clip's contrastive loss on 300 labelled
-pictures and on those that each way chose of the pool (`fastprob select`); the towers stay frozen. Openclipart's pool is like
-the labelled pictures, the digit scenes' is of inverted brightness. Adapter and p(wrong) know labelled pictures only; a
-pool's pictures ask its captions, whose pictures are not known. recall@1 on the test part, the mean of both directions.
+Two linear heads over frozen features (`bench/real/targets.py`) are tuned with open_clip's contrastive loss on 300
+labelled pictures and on those that each way chose of the pool (`fastprob select`); the towers stay frozen.
+Openclipart's pool is like the labelled pictures, the digit scenes' is of inverted brightness. Adapter and p(wrong) know
+labelled pictures only; a pool's pictures ask its captions, of which it is not known whose they are. recall@1 on the
+test part, the mean of both directions.
 
 ![active learning](active.png)
 
@@ -146,10 +147,10 @@ def _models(by_dataset: dict) -> str:
         tables.append(markdown(header, rows))
     return f"""## Which model to take
 
-{len(MODELS)} candidates, heads tuned as above on pictures of the pool: {"; ".join(MODELS)}. Each is ranked on the unlabelled
-test part (`rank_models`). Spearman is that of certainty and true recall@1: 1 is right. Recall lost is what the first of the
-ranking has less than the best. The last row needs labels, of the labelled kind: openclipart's are like the test's, the digit
-scenes' are not inverted.
+{len(MODELS)} candidates, heads tuned as above on the labelled pictures and on some of the pool: {"; ".join(MODELS)}. They
+are ranked on the test part without its labels (`rank_models`). Spearman is that of certainty and true recall@1: 1 is
+right. Recall lost is what the first of the ranking has less than the best. The last row needs labels, of the labelled
+kind: openclipart's are like the test's, the digit scenes' are not inverted.
 
 ![model selection](models.png)
 
@@ -174,7 +175,7 @@ def draw_active(by_dataset: dict, path: Path) -> None:
 
 
 def draw_models(by_dataset: dict, path: Path) -> None:
-    """Uncertainty of the candidates against their recall by own: a panel for a data set and measure, a colour a seed."""
+    """Uncertainty of the candidates against recall by own: a panel for a data set and measure, a colour for a seed."""
     shown = ("p_wrong", "total", "distance", BASELINE)
     figure, every = axes_of_figure(len(shown) * len(by_dataset))
     panels = [(name, by) for name in by_dataset for by in shown]

@@ -1,8 +1,8 @@
 """What is selected in, and the models that are tuned: frozen features, and two linear heads that bring them together.
 
     openclipart    the towers' features; the heads start as trained on the 300 labelled pictures
-    digitscenes    the built-in CLIP's embeddings; 300 labelled scenes are as they are, those of the pool and the test are of
-                   inverted brightness, which it has never seen; the heads start as the identity
+    digitscenes    the built-in CLIP's embeddings; 300 labelled scenes are as they are, those of the pool and the test are
+                   of inverted brightness, which it has never seen; the heads start as the identity
 
 Both fine-tune by open_clip's contrastive loss on pairs of the pool; the towers stay as they are.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -137,7 +137,7 @@ def digitscenes(cache: Path) -> Target:
         write_tensors(file, {part: _inverted(part) for part in ("train", "test")}, {})
     images, _ = read_tensors("digitscenes", file)
     rows = {part: Rows(each.data.image, each.data.text, each.data.caption_image) for part, each in known.items()}
-    inverted = {part: Rows(images[part], rows[part].text, rows[part].caption_image) for part in ("train", "test")}
+    inverted = {part: replace(rows[part], image=image) for part, image in images.items()}
     taken = {
         "labelled": some(rows["train"], torch.arange(LABELLED)),
         "pool": inverted["train"],

@@ -100,7 +100,7 @@ class Candidate:
     """A fine-tuned model: what it makes of the target data, and what tells how uncertain it is.
 
     data: its embeddings of the target's images and texts; who belongs to whom is not looked at. captions: what those
-    texts are. adapter: of its embeddings, for "total". errors: fitted on its embeddings of labelled data, for "p_wrong".
+    texts are. adapter: of its embeddings, for "total". errors: fitted on its embeddings of labelled data, for "p_wrong"
     """
 
     data: Paired
