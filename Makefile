@@ -19,8 +19,8 @@ demo-prompts: $(INSTALLED)
 	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
 
 # Real pictures: towers over openclipart once (cached), an adapter by the ordinary commands, then adapters by cross weight
-# and loss and their report. real is a seed of every setting, real-study all seeds and what decides the sign. The first
-# time it needs a network.
+# and loss and their report. real is a seed of every setting, real-study all seeds, what decides the sign and
+# whether uncertainty chooses captions, pictures and models. The first time it needs a network.
 REAL_OUT ?= real-out
 REAL := $(PYTHON) -m bench.real
 
@@ -38,6 +38,7 @@ real: $(VENV)/.installed-real
 real-study: $(VENV)/.installed-real
 	$(REAL).study
 	$(REAL).report --out bench/results/real
+	$(REAL).selection --out bench/results/real
 
 $(VENV)/.installed-real: $(INSTALLED)
 	$(PYTHON) -m pip install -q -c constraints.txt transformers

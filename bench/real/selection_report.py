@@ -147,10 +147,11 @@ def _models(by_dataset: dict) -> str:
         tables.append(markdown(header, rows))
     return f"""## Which model to take
 
-{len(MODELS)} candidates, heads tuned as above on the labelled pictures and on some of the pool: {"; ".join(MODELS)}. They
-are ranked on the test part without its labels (`rank_models`). Spearman is that of certainty and true recall@1: 1 is
-right. Recall lost is what the first of the ranking has less than the best. The last row needs labels, of the labelled
-kind: openclipart's are like the test's, the digit scenes' are not inverted.
+{len(MODELS)} candidates, heads tuned as above on the labelled pictures and on some of the pool:
+{"; ".join(MODELS)}.
+They are ranked on the test part without its labels (`rank_models`). Spearman is that of certainty and true recall@1: 1
+is right. Recall lost is what the first of the ranking has less than the best. The last row needs labels, of the
+labelled kind: openclipart's are like the test's, the digit scenes' are not inverted.
 
 ![model selection](models.png)
 

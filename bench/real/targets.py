@@ -1,8 +1,8 @@
 """What is selected in, and the models that are tuned: frozen features, and two linear heads that bring them together.
 
     openclipart    the towers' features; the heads start as trained on the 300 labelled pictures
-    digitscenes    the built-in CLIP's embeddings; 300 labelled scenes are as they are, those of the pool and the test are
-                   of inverted brightness, which it has never seen; the heads start as the identity
+    digitscenes    the built-in CLIP's embeddings; 300 labelled scenes are as they are, those of pool and test are of
+                   inverted brightness, which it has never seen; the heads start as the identity
 
 Both fine-tune by open_clip's contrastive loss on pairs of the pool; the towers stay as they are.
 """
@@ -138,12 +138,8 @@ def digitscenes(cache: Path) -> Target:
     images, _ = read_tensors("digitscenes", file)
     rows = {part: Rows(each.data.image, each.data.text, each.data.caption_image) for part, each in known.items()}
     inverted = {part: replace(rows[part], image=image) for part, image in images.items()}
-    taken = {
-        "labelled": some(rows["train"], torch.arange(LABELLED)),
-        "pool": inverted["train"],
-        "val": rows["val"],
-        "test": inverted["test"],
-    }
+    labelled = some(rows["train"], torch.arange(LABELLED))
+    taken = {"labelled": labelled, "pool": inverted["train"], "val": rows["val"], "test": inverted["test"]}
     dim = images["test"].shape[1]
     return Target(taken, known["test"].truth, (Unit(dim).eval(), Unit(dim).eval()))
 
