@@ -1,4 +1,4 @@
-"""The runs of `bench.real.selection` as selection.json, selection.md and two figures."""
+"""The runs of `bench.real.selection` as selection.json, selection.md and figures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
 from fastprob.evaluation.statistics import mean_std, spearman
 from fastprob.evaluation.tables import markdown
 
-from .selection import COUNTS, MODELS, SWAPPED
+from .selection import COUNTS, LABELS, MODELS, PLAIN, SWAPPED
 
 OUT = Path("bench/results/real")
 RULES = ("own", "true")
-BASELINE = "1 - recall on val"
+RANKED = (*MEASURES, PLAIN, LABELS)
 
 
 def write(results: dict, directory: Path) -> None:
@@ -30,7 +30,8 @@ def write(results: dict, directory: Path) -> None:
     write_atomically(directory / "selection.json", json.dumps(about | results, indent=1) + "\n")
     write_atomically(directory / "selection.md", text(about, results))
     draw_active(results["active"], directory / "active.png")
-    draw_models(results["models"], directory / "models.png")
+    for dataset, runs in results["models"].items():
+        draw_models(runs, directory / f"models-{dataset}.png")
 
 
 def text(about: dict, results: dict) -> str:
@@ -51,11 +52,18 @@ def _in_short(results: dict) -> str:
         verdicts = _each(results["noisy"], lambda run: run["precision"][score] - run["precision"]["cosine"])
         lines.append(f"- Wrong captions, {score} against the cosine: {verdicts}.")
     for way in WAYS[:-1]:
-        verdicts = _each(results["active"], lambda run: _lead(run, way))
-        lines.append(f"- What to label next, {way} against random (recall@1 by own, mean of all counts): {verdicts}.")
-    for by in MEASURES:
-        verdicts = _each(results["models"], lambda run: agreement(run, by, "own") - agreement(run, BASELINE, "own"))
-        lines.append(f"- Which model, {by} against recall on labelled data (Spearman, by own): {verdicts}.")
+        for rule in RULES:
+            verdicts = _each(results["active"], lambda run: lead(run, way, rule))
+            lines.append(
+                f"- What to label next, {way} against random (recall@1 by {rule}, mean of all counts): {verdicts}."
+            )
+    for by in RANKED:
+        found = (
+            f"{name} {mean_std(agreement(run, by, 'own') for run in runs)[0]:+.2f}"
+            for name, runs in results["models"].items()
+        )
+        what = "with labels, of the labelled kind" if by == LABELS else "without labels"
+        lines.append(f"- Which model, {by} ({what}), Spearman with recall@1 by own: {', '.join(found)}.")
     return "\n".join(lines)
 
 
@@ -73,7 +81,7 @@ def verdict(differences: Sequence[float]) -> str:
     return f"no difference that all seeds show ({mean:+.3f})"
 
 
-def _lead(run: dict, way: str, rule: str = "own") -> float:
+def lead(run: dict, way: str, rule: str) -> float:
     """Recall above that of random choice, the mean of all counts."""
     return mean_std(a[rule] - b[rule] for a, b in zip(run[way], run["random"]))[0]
 
@@ -136,15 +144,14 @@ test part, the mean of both directions.
 
 
 def _models(by_dataset: dict) -> str:
-    measures = [*MEASURES, BASELINE]
     tables = []
     for name, runs in by_dataset.items():
         rows = [
             [by, *(_cell(of(run, by, rule) for run in runs) for rule in RULES for of in (agreement, shortfall))]
-            for by in measures
+            for by in RANKED
         ]
         header = [name, *(f"{what}, {rule}" for rule in RULES for what in ("Spearman", "recall lost"))]
-        tables.append(markdown(header, rows))
+        tables.append(f"![candidates on {name}](models-{name}.png)\n\n{markdown(header, rows)}")
     return f"""## Which model to take
 
 {len(MODELS)} candidates, heads tuned as above on the labelled pictures and on some of the pool:
@@ -152,8 +159,6 @@ def _models(by_dataset: dict) -> str:
 They are ranked on the test part without its labels (`rank_models`). Spearman is that of certainty and true recall@1: 1
 is right. Recall lost is what the first of the ranking has less than the best. The last row needs labels, of the
 labelled kind: openclipart's are like the test's, the digit scenes' are not inverted.
-
-![model selection](models.png)
 
 """ + "\n\n".join(tables)
 
@@ -175,15 +180,15 @@ def draw_active(by_dataset: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_models(by_dataset: dict, path: Path) -> None:
-    """Uncertainty of the candidates against recall by own: a panel for a data set and measure, a colour for a seed."""
-    shown = ("p_wrong", "total", "distance", BASELINE)
-    figure, every = axes_of_figure(len(shown) * len(by_dataset))
-    panels = [(name, by) for name in by_dataset for by in shown]
-    for axes, (name, by) in zip(every, panels):
-        for run, colour in zip(by_dataset[name], COLOURS):
+def draw_models(runs: list[dict], path: Path) -> None:
+    """Uncertainty of the candidates against recall by own: a panel for a measure, a colour for a seed."""
+    figure, every = axes_of_figure(len(RANKED))
+    for axes, by in zip(every, RANKED):
+        for run, colour in zip(runs, COLOURS):
             recall = [one["recall"]["own"] for one in run.values()]
             axes.scatter([one["uncertainty"][by] for one in run.values()], recall, s=14, color=colour)
-        axes.set(xlabel=by, title=name)
+        mean, deviation = mean_std(agreement(run, by, "own") for run in runs)
+        axes.set(xlabel=by, title=f"Spearman {mean:.2f} ± {deviation:.2f}")
+        axes.locator_params(axis="x", nbins=4)
     every[0].set_ylabel("recall@1 by own")
     save_figure(figure, path)

@@ -18,7 +18,7 @@ def select_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, type=Path, help="embedding store of the pool")
     parser.add_argument("--checkpoint", type=Path, help="file, or directory of a run; for total and p_wrong")
     parser.add_argument("--count", required=True, type=int, help="images to choose")
-    parser.add_argument("--by", default="p_wrong", help="total, p_wrong, coreset or random (default: p_wrong)")
+    parser.add_argument("--by", default="coreset", help="total, p_wrong, coreset or random (default: coreset)")
     parser.add_argument("--out", required=True, type=Path, help="file of the chosen images' ids, or rows, a line each")
     parser.add_argument("--passes", type=int, default=20, help="dropout passes of total (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of passes, random, and coreset's first (default: 0)")
