@@ -1,5 +1,6 @@
-# make demo | demo-prompts | real | real-study | test | test-newest | lint | fmt | bench | emulate | emulate-some | instructions | asan |
-# wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which the first target makes.
+# make demo | demo-prompts | real | real-study | real-few-shot | test | test-newest | lint | fmt | docs | bench | emulate |
+# emulate-some | instructions | asan | wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in
+# .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -9,8 +10,8 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts real real-study test test-newest lint fmt bench emulate emulate-some emulated instructions asan wheel clean \
-	gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
+.PHONY: demo demo-prompts real real-study real-few-shot test test-newest lint fmt docs bench emulate emulate-some \
+	emulated instructions asan wheel clean gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fastprob demo --out demo-out
@@ -40,6 +41,12 @@ real-study: $(VENV)/.installed-real
 	$(REAL).report --out bench/results/real
 	$(REAL).selection --out bench/results/real
 
+# A small CLIP of these pictures and of emoji, once (cached), then prompts on emoji, CIFAR-10 and QuickDraw by every method.
+real-few-shot: $(VENV)/.installed-real
+	$(REAL).fetch --few-shot
+	$(REAL).clip
+	$(REAL).few_shot
+
 $(VENV)/.installed-real: $(INSTALLED)
 	$(PYTHON) -m pip install -q -c constraints.txt transformers
 	touch $@
@@ -58,6 +65,10 @@ fmt: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
+
+# The site, in build/site. Nothing is fetched.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(PYTHON) -m pytest bench -q -m "not gpu" --out bench/results/cpu.json

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from fastprob.adapters import PairedEmbeddings, ProbVLM, predict, report
 from fastprob.evaluation import figures, retrieval
 from fastprob.evaluation.calibration import calibrate, evaluate, expected_calibration_error, uncertainty_levels
-from fastprob.evaluation.retrieval import match_rank, match_ranks, recall_at_k
+from fastprob.evaluation.retrieval import find_matches, match_rank, nearest, recall_at_k
 from fastprob.evaluation.statistics import mean_std, spearman
 from fastprob.evaluation.tables import markdown, percent
 
@@ -84,10 +84,11 @@ def test_ranks_against_brute_force(monkeypatch, rows, columns, kind):
     match = matrix if kind == "matrix" else ids
     reverse = match.T if kind == "matrix" else match[::-1]
     assert match_rank(query, gallery, match).tolist() == expected
-    assert [each.tolist() for each in match_ranks(query, gallery, match)] == [
-        expected,
-        match_rank(gallery, query, reverse).tolist(),
-    ]
+    found = find_matches(query, gallery, match)
+    assert [each.rank.tolist() for each in found] == [expected, match_rank(gallery, query, reverse).tolist()]
+    similar = cosine_similarity(query[:, None], gallery, dim=2)
+    for each, along in zip(found, (1, 0)):
+        assert each.first.tolist() == pytest.approx(similar.amax(along).tolist(), abs=1e-6)
     for k in (1, 3, 17):
         assert recall_at_k(query, gallery, match, k) == pytest.approx(sum(e < k for e in expected) / 31)
 
@@ -95,10 +96,10 @@ def test_ranks_against_brute_force(monkeypatch, rows, columns, kind):
 def test_ranks_of_both_directions_want_a_match_of_both():
     rows, ids = torch.eye(3), torch.arange(3)
     assert match_rank(rows[:2], rows, (ids[:2], ids)).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="match_ranks: every gallery item needs a match, item 2 has none"):
-        match_ranks(rows[:2], rows, (ids[:2], ids))
+    with pytest.raises(ValueError, match="find_matches: every gallery item needs a match, item 2 has none"):
+        find_matches(rows[:2], rows, (ids[:2], ids))
     with pytest.raises(ValueError, match="match_rank: every query needs a match, query 2 has none"):
-        match_ranks(rows, rows[:2], (ids, ids[:2]))
+        find_matches(rows, rows[:2], (ids, ids[:2]))
 
 
 def test_a_tie_with_the_best_match_counts_against_it():
@@ -307,6 +308,26 @@ def test_recall_needs_a_k_within_the_gallery():
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k must be from 1 to the 5 gallery items, got {k}"):
             recall_at_k(Q, G, M, k)
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_nearest_is_the_head_of_a_sort(monkeypatch, block):
+    monkeypatch.setattr(retrieval, "_ROWS", 4)
+    monkeypatch.setattr(retrieval, "_COLUMNS", block)
+    generator = torch.Generator().manual_seed(3)
+    query, gallery = torch.randn(13, 4, generator=generator), torch.randn(40, 4, generator=generator).double()
+    among = torch.randperm(40, generator=generator)[:30]
+    for rows, options in ((torch.arange(40), {}), (among, {"among": among})):
+        cosine = cosine_similarity(query.double()[:, None], gallery[rows], dim=2)
+        order = cosine.argsort(dim=1, descending=True)[:, :5]
+        similarity, found = nearest(query, gallery, 5, **options)
+        assert found.equal(rows[order]) and similarity.double().allclose(cosine.gather(1, order), atol=1e-6)
+    assert nearest(query, gallery, 30, among=among)[1].sort(1).values.equal(among.sort().values.expand(13, -1))
+    tied = nearest(torch.tensor([[2.0, 0]]), torch.eye(2)[[1, 0, 0, 1, 0, 0]], 3, among=torch.tensor([0, 5, 3, 2, 1]))
+    assert tied[0].tolist() == [[1, 1, 1]] and tied[1].tolist() == [[5, 2, 1]]
+    for k in (0, 31):
+        with pytest.raises(ValueError, match=f"nearest: k must be from 1 to the 30 gallery items, got {k}"):
+            nearest(query, gallery, k, among=among)
 
 
 def history(epochs=3, steps=4):

@@ -1,8 +1,10 @@
 """The command line: the whole way on real digits, and every mistake that users make, through `main` itself."""
 
+import base64
 import errno
 import importlib.metadata
 import inspect
+import io
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from PIL import Image
 
 import fastprob.cli as cli
 from fastprob.adapters import ProbVLM, nll, predict
+from fastprob.adapters.pages import write_report_page
 from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data import digitscenes
 from fastprob.data.arrays import embed_arrays
@@ -113,7 +116,7 @@ def test_a_report_explains_its_figures_and_warns_of_inverted_ones():
 
     def told(image_to_text, text_to_image, match="image"):
         evaluation = Evaluation(calibration(image_to_text), calibration(text_to_image))
-        return Report({}, match, 0, 0, 0.0, evaluation, torch.zeros(4), None).table()
+        return Report({}, match, 0, 0, 0.0, evaluation, {}, torch.zeros(2), torch.zeros(4), None).table()
 
     assert "WARNING" not in told(-0.9, 0.5) and "WARNING" not in told(math.nan, -1.0)
     right = told(-0.9, 0.73)
@@ -141,10 +144,11 @@ def test_report_says_what_the_library_says(capsys, tmp_path, stores, run):
         assert report[direction]["recall_at"]["5"] == recall
         assert len(report[direction]["recall"]) == 10
     assert report["match"] == "image" and report["source"]["dataset"] == SCENES["val"]
-    uncertainty = {
-        "image_to_text": predict(adapter.image, store.image, passes=20).total.mean(1),
-        "text_to_image": predict(adapter.text, store.text, passes=20).total.mean(1),
+    of_rows = {
+        "image_to_text": predict(adapter.image, store.image, passes=20),
+        "text_to_image": predict(adapter.text, store.text, passes=20),
     }
+    uncertainty = {name: of.aleatoric.mean(1) + of.epistemic.mean(1) for name, of in of_rows.items()}
     for direction, of_queries in uncertainty.items():
         level = uncertainty_levels(of_queries, 10)
         expected = [float(of_queries[level == k].double().mean()) for k in range(10)]
@@ -165,13 +169,48 @@ def test_figures(tmp_path, stores, run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     succeed(*arguments, "--out", tmp_path / "without")
-    assert os.listdir(tmp_path / "without") == ["report.json"]
+    assert sorted(os.listdir(tmp_path / "without")) == ["report.html", "report.json"]
+    with_figures, without = ((tmp_path / name / "report.html").read_text() for name in ("with", "without"))
+    assert with_figures.count("<figure>") == 3 and "<figure>" not in without
     assert "no figures: figures need matplotlib: pip install" in capsys.readouterr().err
+
+
+def test_pages_show_the_pictures_of_the_data(tmp_path, stores, run, capsys):
+    adapter = ("--store", stores / "val", "--checkpoint", run, "--passes", "0", "--shown", "2", "--device", "cpu")
+    data = ("--data", SCENES["val"])
+    capsys.readouterr()
+    for command, page in (("eval", "report.html"), ("predict", "index.html")):
+        succeed(command, *adapter, *data, "--out", tmp_path / "with")
+        assert capsys.readouterr().out.endswith(f"{tmp_path / 'with' / page}\n")
+        succeed(command, *adapter, "--out", tmp_path / "without")
+        with_pictures, without = ((tmp_path / name / page).read_text() for name in ("with", "without"))
+        assert with_pictures.count("data:image/png;base64,") == (3 if command == "eval" else 0) + 4 + 4 + 4 * 3
+        assert with_pictures.count("<article>") == without.count("<article>") == 8
+        assert "--data" in without and "--data" not in with_pictures and f"<dd>{run}</dd>" in without
+        assert with_pictures.count('class="right"') + with_pictures.count('class="wrong"') == 24 * (command == "eval")
+    found = re.findall(r'<img src="[^,]+,([^"]+)"[^>]*>\s*<div>\s*<h4[^>]*>image (\d+)</h4>', with_pictures)
+    assert len(found) == 4  # the images, each by its own picture
+    for data, row in found:
+        shown = Image.open(io.BytesIO(base64.b64decode(data))).resize((32, 32), Image.Resampling.NEAREST)
+        assert shown.tobytes() == DigitScenes("test")[int(row)][0].tobytes()
+
+
+def test_page_mistakes(tmp_path, stores, run, capsys):
+    adapter = ("--store", stores / "val", "--checkpoint", run)
+    for command in ("eval", "predict"):
+        arguments = (command, *adapter, "--out", tmp_path / "out")
+        error = fail(capsys, *arguments, "--data", SCENES["train"])
+        assert "was made from another data set: dataset is 'digitscenes:test' there, 'digitscenes:val' here" in error
+        assert "images is 200 there, 150 here" in fail(capsys, *arguments, "--data", SCENES["val"], "--limit", "150")
+        assert f"--limit is not for {command} without --data" in fail(capsys, *arguments, "--limit", "150")
+        assert "shown must be at least 1, got 0" in fail(capsys, *arguments, "--shown", "0")
+    assert "--data is not for eval without --out" in fail(capsys, "eval", *adapter, "--data", SCENES["val"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_undefined_correlation_is_null_in_json(tmp_path):
     constant = Calibration([0.1, 0.2], [0.5, 0.5], [2, 2], spearman=math.nan, r2=math.nan, recall_at={1: 0.5})
-    report = Report({}, "image", 0, 0, 0.0, Evaluation(constant, constant), torch.zeros(4), None)
+    report = Report({}, "image", 0, 0, 0.0, Evaluation(constant, constant), {}, torch.zeros(4), torch.zeros(4), None)
     report.save(tmp_path)
     written = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert written["image_to_text"]["spearman"] is None and written["text_to_image"]["score"] is None
@@ -186,12 +225,14 @@ def test_classes_decide_what_matches_where_there_are_labels(tmp_path, toy):
     assert report.match == "class" and report.ambiguity is None
     images, texts = store.labels, store.labels[store.caption_image]
     assert len(images.bincount().unique()) > 1 and len(texts) == 120
-    for got, adapter, query, gallery, match in (
-        (report.evaluation.image_to_text, model.image, store.image, store.text, (images, texts)),
-        (report.evaluation.text_to_image, model.text, store.text, store.image, (texts, images)),
+    found = report.evaluation
+    for got, said, adapter, query, gallery, match in (
+        (found.image_to_text, report.image_uncertainty, model.image, store.image, store.text, (images, texts)),
+        (found.text_to_image, report.text_uncertainty, model.text, store.text, store.image, (texts, images)),
     ):
         uncertainty = predict(adapter, query, passes=3, seed=5).total.mean(1)
         assert got == calibrate(query, gallery, uncertainty, match[0][:, None] == match[1], levels=4)
+        assert said.allclose(uncertainty)
 
 
 class Captioned(toy_clip.Digits):
@@ -223,7 +264,7 @@ def test_help_and_mistyped_options_wait_for_nothing():
     output, code, modules = imported_by("--help")
     assert (code, modules) == (0, [])
     for command in {name.split()[0] for name in cli.COMMANDS}:
-        assert f"\n    {command} " in output
+        assert f"\n    {command}" in output
     for argv, message in (
         (["eval", "--help"], "--checkpoint"),
         (["embed", "--modle", "tiny"], "the following arguments are required: --out"),
@@ -284,6 +325,7 @@ def test_defaults_of_eval_are_the_librarys():
         "seed": args.seed,
     }
     assert (args.passes, args.levels, args.seed) == (20, 10, 0)
+    assert args.shown == inspect.signature(write_report_page).parameters["shown"].default == 8
 
 
 # ------------------------------------------------------------------------------------------- mistakes
@@ -413,7 +455,9 @@ def test_predict_writes_what_the_library_says(capsys, tmp_path, stores, run):
     )
     capsys.readouterr()
     succeed(*arguments, "--passes", "3", "--levels", "4", "--seed", "5", "--format", "npy")
-    files = [tmp_path / "out" / name for name in ("images.npy", "image_mean.npy", "texts.npy", "text_mean.npy")]
+    files = [
+        tmp_path / "out" / name for name in ("images.npy", "image_mean.npy", "texts.npy", "text_mean.npy", "index.html")
+    ]
     assert capsys.readouterr().out.splitlines() == [str(file) for file in files]
     expected = predict(
         ProbVLM.load(run / "best.safetensors").text, EmbeddingStore(stores / "val").text, passes=3, seed=5

@@ -25,6 +25,8 @@ def test_probvlm_demo(tmp_path, monkeypatch, capsys):
     assert text in capsys.readouterr().out
     for file in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 4 and page.count("<article>") == 32 and page.count("<img") > 3 + 16
     report = json.loads((tmp_path / "report.json").read_text())
     assert f"{report['ambiguity_spearman']:+.2f}." in text
     assert f"S = {report['text_to_image']['spearman']:+.2f}" in text

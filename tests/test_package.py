@@ -10,12 +10,14 @@ import pytest
 
 import fastprob
 
-LAZY = """
+SUBPACKAGES = ["adapters", "compat", "data", "distributions", "encoders", "evaluation", "nn", "prompts", "training"]
+LAZY = f"""
 import sys
 import fastprob
-assert not {"open_clip", "fastprob.nn", "fastprob.prompts"} & set(sys.modules), "imported before it is asked for"
+early = {{"open_clip", "PIL", *("fastprob." + name for name in {SUBPACKAGES})}} & set(sys.modules)
+assert not early, f"imported before it is asked for: {{early}}"
 names = [name for name in fastprob.__all__ if not name.startswith("_")]
-assert {"adapters", "compat", "data", "distributions", "encoders", "nn", "prompts"} < set(names)
+assert {{*{SUBPACKAGES}}} < set(names)
 for name in names:
     assert getattr(fastprob, name) is not None
 print(fastprob.nn.GGDNLLLoss(), fastprob.distributions.GeneralizedNormal(0.0, 1.0, 2.0))
@@ -28,6 +30,28 @@ def test_subpackages_are_imported_when_they_are_asked_for():
     assert done.stdout == "GGDNLLLoss() GeneralizedNormal(loc: 0.0, scale: 1.0, power: 2.0)\n"
     with pytest.raises(AttributeError, match="module 'fastprob' has no attribute 'no_such_name'"):
         fastprob.no_such_name  # noqa: B018 (the access is the test)
+
+
+LIGHT = ("adapters", "data", "evaluation", "training")
+EXPORTS = """
+import importlib, sys
+for name in {LIGHT}:
+    module = importlib.import_module("fastprob." + name)
+    assert module.__all__ and all(hasattr(module, each) for each in module.__all__), name
+slow = {{"matplotlib", "open_clip", "pyarrow", "sklearn", "torchvision"}} & set(sys.modules)
+assert not slow, f"imported before it is asked for: {{slow}}"
+from fastprob.adapters import Report, TrainConfig, evaluate_store, fit, predict, rank, write_predictions
+from fastprob.data import DigitScenes, EmbeddingStore, ImageCaptions, LabelledImages, PairedEmbeddings
+from fastprob.data import embed, embed_arrays, open_dataset, open_splits
+from fastprob.evaluation import Calibration, Evaluation, calibrate, evaluate, recall_at_k, spearman
+"""
+
+
+def test_subpackages_export_what_people_need_and_stay_light():
+    run = subprocess.run(
+        [sys.executable, "-c", EXPORTS.format(LIGHT=LIGHT)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_function_hides_a_module():

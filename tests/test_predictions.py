@@ -15,7 +15,7 @@ from fastprob.data.arrays import embed_arrays
 
 OWNER = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 6])
 CAPTIONS = [f'caption {i}, "quoted"' for i in range(11)]
-FILES = ["image_mean.npy", "images.csv", "text_mean.npy", "texts.csv"]
+FILES = ["image_mean.npy", "images.csv", "index.html", "text_mean.npy", "texts.csv"]
 
 
 @pytest.fixture
@@ -103,6 +103,28 @@ def test_files_of_somebody_are_kept(tmp_path, model, store):
     assert own.read_text().startswith("image,caption,") and (own.parent / "other.csv").read_text() == "own"
 
 
+def test_a_page_of_somebody_is_kept(tmp_path, model, store):
+    page = tmp_path / "out" / "index.html"
+    page.parent.mkdir()
+    page.write_text("own")
+    with pytest.raises(ValueError, match=r"index\.html exists already; overwrite it or choose another directory"):
+        write(model, store, page.parent)
+    assert os.listdir(page.parent) == ["index.html"] and page.read_text() == "own"
+    write(model, store, page.parent, overwrite=True)
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_the_page_has_the_numbers_of_the_tables(tmp_path, model, store):
+    write(model, store, tmp_path, shown=2, checkpoint="run")
+    _, numbers = expected(model.image, store.image)
+    certain = int(numbers["total"].argmin())
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    first = text.index(f'<h4 dir="auto">{store.ids[certain]}</h4>', text.index("The most certain images"))
+    assert f"<dd>{numbers['total'][certain]:#.3g}</dd>" in text[first : first + 800]
+    assert "<dd>1 of 3</dd>" in text[first : first + 800] and text.count("<h4") == 8
+    assert "<dd>run</dd>" in text and "4 dropout passes, seed 2" in text
+
+
 def test_an_error_leaves_no_half_of_a_file(tmp_path, model, store, monkeypatch):
     calls = []
 
@@ -136,6 +158,7 @@ def test_an_error_leaves_no_half_of_a_table(tmp_path, model, store, monkeypatch)
         ({"format": "xls"}, r"format must be one of \('csv', 'parquet', 'npy'\), got 'xls'"),
         ({"levels": 0}, "levels must be from 1 to the 7 images, got 0"),
         ({"levels": 8}, "levels must be from 1 to the 7 images, got 8"),
+        ({"shown": 0}, "shown must be at least 1, got 0"),
     ],
 )
 def test_bad_options(tmp_path, model, store, option, message):

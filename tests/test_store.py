@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from toy_clip import Digits
 
 from fastprob.data import store_format
 from fastprob.data.captions import ImageCaptions
-from fastprob.data.store import EmbeddingStore, embed
+from fastprob.data.store import EmbeddingStore, embed, pictures_of
 from fastprob.encoders import load_encoder
 
 FILES = (*store_format.DATA_FILES, store_format.METADATA)
@@ -352,6 +353,25 @@ def test_changed_data_are_another_source(tmp_path, encoder, change, named, stop)
         Digits()[11][0].save(files[2])
     with pytest.raises(ValueError, match=f"another source: {named} is '[0-9a-f]{{64}}' there, '[0-9a-f]{{64}}' here;"):
         write(path, encoder, ImageCaptions("own", files, captions, labels))
+
+
+def test_pictures_are_opened_from_the_stores_own_data_alone(tmp_path, encoder):
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, file in enumerate(files):
+        Digits()[i][0].save(file)
+    captions = [[f"number {i}"] for i in range(4)]
+    store = write(tmp_path / "store", encoder, ImageCaptions("own", files, captions))
+    pictures = pictures_of(store, ImageCaptions("own", files, captions))
+    assert [pictures(i).tobytes() for i in (2, 0)] == [Digits()[i][0].tobytes() for i in (2, 0)]
+    for other, differs in (
+        (ImageCaptions("others", files, captions), "dataset is 'own' there, 'others' here"),
+        (ImageCaptions("own", files[:3], captions[:3]), "images is 4 there, 3 here; captions is '"),
+        (ImageCaptions("own", files, captions[::-1]), "captions is '"),
+        (ImageCaptions("own", files[::-1], captions), "files is '"),
+    ):
+        expected = f"pictures_of: {store.path} was made from another data set: {differs}"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            pictures_of(store, other)
 
 
 # ------------------------------------------------------------------------------------------ full disk

@@ -41,6 +41,7 @@ d.expand((2, 3))  # is: fastprob.distributions.GeneralizedNormal
 fastprob.distributions.GeneralizedNormal("0", 1, 2)  # error: incompatible type "str"; expected "Tensor | float"
 
 fastprob.adapters.ProbVLM(dim=4)  # is: fastprob.adapters.adapter.ProbVLM
+fastprob.data.embed_arrays  # is: def (...) -> fastprob.data.store.EmbeddingStore
 fastprob.prompts.DAPT  # is: def (...) -> fastprob.prompts.methods.DAPT
 fastprob.info()  # is: str
 fastprob.no_such_name  # error: Module has no attribute "no_such_name"

@@ -13,12 +13,12 @@ DIM = 24
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def register(directory: Path, name: str, dim: int = DIM) -> Path:
+def register(directory: Path, name: str, dim: int = DIM, context_length: int = 16) -> Path:
     """Write and register an open_clip model config, as users do with theirs; return its file."""
     config = {
         "embed_dim": dim,
         "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": context_length, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
     }
     file = directory / f"{name}.json"
     file.write_text(json.dumps(config))

@@ -28,7 +28,7 @@ from fastprob.data.store import embed
 from fastprob.encoders import load_encoder
 
 from .fetch import DRAWINGS, PICTURES, cache_directory, fetch, work_directory
-from .openclipart import Picture, captions_of, find_pictures, split, truth
+from .openclipart import Caption, Picture, captions_of, find_pictures, split, truth
 from .towers import Rows, features, train_heads
 
 
@@ -110,11 +110,27 @@ def _embed_scenes(name: str, cache: Path) -> Part:
     return Part(data, store.captions, scenes.matches(), scenes.caption_level)
 
 
-def _make_openclipart(cache: Path, root: Path) -> None:
+@dataclass(frozen=True)
+class Gathered:
+    """Openclipart's pictures, the captions of each, and all texts among these, once."""
+
+    pictures: list[Picture]
+    captions: list[list[Caption]]
+    texts: list[str]
+
+
+def gather(cache: Path) -> Gathered:
+    """All of openclipart that is used."""
     pictures = find_pictures(fetch(DRAWINGS, cache), fetch(PICTURES, cache))
     captions = [captions_of(picture) for picture in pictures]
-    row = {text: i for i, text in enumerate(sorted({caption.text for each in captions for caption in each}))}
-    image, text = features(pictures, list(row), cache)
+    return Gathered(pictures, captions, sorted({caption.text for each in captions for caption in each}))
+
+
+def _make_openclipart(cache: Path, root: Path) -> None:
+    found = gather(cache)
+    pictures, captions = found.pictures, found.captions
+    image, text = features(pictures, found.texts, cache)
+    row = {text: i for i, text in enumerate(found.texts)}
     own = [torch.tensor([row[caption.text] for caption in each]) for each in captions]
     parts = split(len(pictures))
     image_head, text_head = train_heads(rows_of(image, text, own, parts["heads"]))

@@ -25,7 +25,7 @@ from fastprob.adapters import PairedEmbeddings, ProbVLM, TrainConfig, fit
 from fastprob.adapters.error import ErrorModels, fit_error
 from fastprob.adapters.noisy import suspicion
 from fastprob.adapters.selection import MEASURES, WAYS, Candidate, choose, rank_models
-from fastprob.evaluation.retrieval import match_ranks
+from fastprob.evaluation.retrieval import Match, find_matches
 
 from .fetch import cache_directory, work_directory
 from .parts import SETS, Part
@@ -129,11 +129,16 @@ def active(target: Target, dataset: str, seed: int) -> dict:
 
 
 def recall(target: Target, heads: Heads) -> dict[str, float]:
-    """recall@1 on the test part, the mean of both directions: by the own picture or caption, and by any true one."""
+    """recall@1 on the test part by the own picture or caption, and by any that is true."""
     data = target.through(heads, "test")
+    return {"own": _recall(data), "true": _recall(data, target.truth.T)}
+
+
+def _recall(data: PairedEmbeddings, match: Match | None = None) -> float:
+    """recall@1, the mean of both directions; match: bool [N, M] (default: whose the captions are)."""
     own = torch.arange(len(data.image)), data.caption_image
-    ranks = {"own": match_ranks(data.image, data.text, own), "true": match_ranks(data.image, data.text, target.truth.T)}
-    return {rule: sum(float((rank == 0).double().mean()) for rank in both) / 2 for rule, both in ranks.items()}
+    found = find_matches(data.image, data.text, own if match is None else match)
+    return sum(float((each.rank == 0).double().mean()) for each in found) / 2
 
 
 def _uncertainty(target: Target, heads: Heads, dataset: str, seed: int) -> tuple[ProbVLM, ErrorModels]:
@@ -163,8 +168,7 @@ def models(target: Target, dataset: str, seed: int) -> dict:
         val = target.through(heads, "val")
         plain = fit_error(val, captions=_names(target.rows["val"]))
         measured[PLAIN] = rank_models({name: replace(candidate, adapter=None, errors=plain)}, by="p_wrong")[0][1]
-        ranks = match_ranks(val.image, val.text, (torch.arange(len(val.image)), val.caption_image))
-        measured[LABELS] = 1 - sum(float((rank == 0).double().mean()) for rank in ranks) / 2
+        measured[LABELS] = 1 - _recall(val)
         result[name] = {"recall": recall(target, heads), "uncertainty": measured}
     return result
 

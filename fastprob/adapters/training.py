@@ -35,6 +35,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import fastprob
 from fastprob._files import write_atomically
@@ -52,9 +53,9 @@ class TrainConfig:
     """Everything that determines a run, with the data and the device.
 
     `cross_weight` 1.0 and form "paper" are the paper's; the released code has "released", cross_weight=1e-4,
-    l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (README). `cross`
-    "delta" is the two cross terms of both, "exact" the likelihood that they approximate, for form "paper" alone (the
-    other's residual is of no density); the head of this module has both formulas and what a weight is in each.
+    l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (docs/uncertainty.md).
+    `cross` "delta" is the two cross terms of both, "exact" the likelihood that they approximate, for form "paper" alone
+    (the other's residual is of no density); the head of this module has both formulas and what a weight is in each.
     `hidden`, `dropout` and `positive` as in `GGDAdapter`.
 
     Raises:
@@ -201,16 +202,16 @@ _NLL_ROWS = 1024
 def _nll(model: ProbVLM, pairs: Pairs, cross_weight: float, form: str, cross: str) -> float:
     training = model.training
     model.eval()
-    values, weights = [], []
-    for image, text, owner in pairs.blocks(_NLL_ROWS):
+    values = torch.empty(math.ceil(pairs.images / _NLL_ROWS), dtype=torch.float64, device=pairs.device)
+    weight = torch.empty(len(values), dtype=torch.float64)
+    blocks = tqdm(pairs.blocks(_NLL_ROWS), "nll", len(values), unit="block", delay=5, leave=False)
+    for number, (image, text, owner) in enumerate(blocks):
         of_image, of_text = model(image, text)  # three of [B, D], three of [C, D]
         spread = tuple(parameter[owner] for parameter in of_image)  # three of [C, D]
         options = {"cross": cross, "cross_weight": cross_weight, "form": form}
-        values.append(_loss(spread, of_text, image[owner], text, **options))
-        weights.append(len(text))
+        values[number], weight[number] = _loss(spread, of_text, image[owner], text, **options), len(text)
     model.train(training)
-    weight = torch.tensor(weights, dtype=torch.float64)
-    return float(torch.stack(values).cpu().double() @ weight / weight.sum())
+    return float(values.cpu() @ weight / weight.sum())
 
 
 class _Run(Run):

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
+    from torch import Tensor
+
     from fastprob.encoders import Encoder
 
 
@@ -18,6 +20,21 @@ GOOD_MODELS = (
     "as --model ViT-B-32 --pretrained laion2b_s34b_b79k (fast), ViT-B-16-SigLIP2 and webli, or ViT-L-14 and "
     "datacomp_xl_s13b_b90k"
 )
+DATA = (
+    "data set: a table of captions (.csv, .tsv, .parquet), COCO's or Karpathy's .json, Flickr30k's or Flickr8k's file, "
+    "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
+    ".txt files, of webdataset's .tar, CUB's, Flowers'; hf:NAME:SPLIT; digitscenes:train, :val, :test"
+)
+DATA_OPTIONS = {
+    "image_key": "column of the images' paths (default: image, filepath, file_name or image_path)",
+    "caption_key": "column of the captions (default: caption, title or text)",
+    "separator": "what separates columns (default: the one of , ; and tab that the header has)",
+    "split": "of Karpathy's JSON: train, restval, val, test, or several joined by + (default: all)",
+    "template": "captions of images by class (default: 'a photo of a {}.')",
+}
+
+READING = (*DATA_OPTIONS, "limit", "allow_outside", "skip_bad")
+"""All that says how --data is read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +88,40 @@ def load_encoder_of(args: argparse.Namespace) -> Encoder:
         raise ValueError(f"--model {model}: {error}") from error
 
 
-def write_report(report: Any, directory: Path, command: str) -> None:
-    """Save a report and draw its figures, or say on stderr that there are none without matplotlib."""
+def add_reading(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--limit", type=int, help="only the first images, so many of them")
+    add_options(group, DATA_OPTIONS)
+    group.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
+    group.add_argument("--skip-bad", action="store_true", help="leave out rows that can't be used and list them")
+
+
+def open_data(args: argparse.Namespace) -> Any:
+    from fastprob.data.captions import open_dataset
+
+    return open_dataset(args.data, **{name: getattr(args, name) for name in READING})
+
+
+def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
+    """Raises ValueError for the first of these options that is given."""
+    odd = ["--" + name.replace("_", "-") for name in names if getattr(args, name)]
+    if odd:
+        raise ValueError(f"{odd[0]} is not for {where}")
+
+
+def add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None:
+    for name, text in options.items():
+        group.add_argument("--" + name.replace("_", "-"), help=text)
+
+
+def write_report(report: Any, directory: Path, command: str) -> list[tuple[str, Path]]:
+    """Save a report and draw its figures, or say on stderr that there are none without matplotlib; return title and
+    file of each."""
     report.save(directory)
     try:
-        report.draw(directory)
+        return report.draw(directory)
     except ImportError as error:
         print(f"fastprob {command}: no figures: {error}", file=sys.stderr)
+        return []
 
 
 def device_of(name: str | None) -> str:
@@ -90,3 +134,19 @@ def device_of(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name
+
+
+TRUTH = ".npy of bool [texts, images], which are true of which (default: a text of the image it was written for)"
+
+
+def read_truth(path: Path, texts: int, images: int) -> Tensor:
+    """Raises ValueError unless the file has a bool [texts, images]."""
+    import numpy as np
+    import torch
+
+    from fastprob.data.arrays import read_array
+
+    truth = read_array("truth", path, "--truth")
+    if truth.dtype != np.bool_ or truth.shape != (texts, images):
+        raise ValueError(f"{path}: truth must be bool {[texts, images]}, got {truth.dtype} {list(truth.shape)}")
+    return torch.from_numpy(np.array(truth))

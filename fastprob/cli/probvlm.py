@@ -10,7 +10,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprob.cli._command import Command, add_encoder, add_fields, device_of, load_encoder_of, write_report
+from fastprob.cli._command import (
+    DATA,
+    READING,
+    TRUTH,
+    Command,
+    add_encoder,
+    add_fields,
+    add_options,
+    add_reading,
+    device_of,
+    load_encoder_of,
+    open_data,
+    read_truth,
+    refuse,
+    write_report,
+)
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from torch import Tensor
@@ -31,21 +46,7 @@ def open_store(path: Path) -> EmbeddingStore:
 # --------------------------------------------------------------------------------------------- embed
 
 
-DATA = (
-    "data set: a table of captions (.csv, .tsv, .parquet), COCO's or Karpathy's .json, Flickr30k's or Flickr8k's file, "
-    "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
-    ".txt files, of webdataset's .tar, CUB's, Flowers'; hf:NAME:SPLIT; digitscenes:train, :val, :test"
-)
 MAX_LOST = "largest share of captions that the tokenizer may cut off, and of unknown tokens (default: 0.1)"
-DATA_OPTIONS = {
-    "image_key": "column of the images' paths (default: image, filepath, file_name or image_path)",
-    "caption_key": "column of the captions (default: caption, title or text)",
-    "separator": "what separates columns (default: the one of , ; and tab that the header has)",
-    "split": "of Karpathy's JSON: train, restval, val, test, or several joined by + (default: all)",
-    "template": "captions of images by class (default: 'a photo of a {}.')",
-}
-
-
 ARRAY_OPTIONS = {
     "pairs": ".npy of integers, the image of each text (default: text i is image i's)",
     "captions": "what the texts are: a file with a line for each, or .parquet",
@@ -64,37 +65,26 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
     add_encoder(of_data)
     of_data.add_argument("--batch-size", type=int, default=256)
     of_data.add_argument("--shard-size", type=int, default=4096, help="images secured at a time (default: 4096)")
-    of_data.add_argument("--limit", type=int, help="only the first images, so many of them")
     of_data.add_argument("--workers", type=int, default=0, help="processes that load images")
-    _add_options(of_data, DATA_OPTIONS)
-    of_data.add_argument("--allow-outside", action="store_true", help="take images outside of the directory of images")
     of_data.add_argument("--max-lost", type=float, default=0.1, help=MAX_LOST)
-    of_data.add_argument("--skip-bad", action="store_true", help="leave out rows that can't be used and list them")
-    _add_options(parser.add_argument_group("with --from-arrays"), ARRAY_OPTIONS)
-
-
-def _add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None:
-    for name, text in options.items():
-        group.add_argument("--" + name.replace("_", "-"), help=text)
+    add_reading(of_data)
+    add_options(parser.add_argument_group("with --from-arrays"), ARRAY_OPTIONS)
 
 
 def embed(args: argparse.Namespace) -> None:
-    of_data = [*DATA_OPTIONS, "model", "pretrained", "limit", "allow_outside", "skip_bad"]
-    others = ARRAY_OPTIONS if args.data is not None else of_data
-    odd = ["--" + name.replace("_", "-") for name in others if getattr(args, name)]
-    if odd:
-        raise ValueError(f"{odd[0]} is not for --{'data' if args.data is not None else 'from-arrays'}")
-    (_embed_data if args.data is not None else _embed_arrays)(args)
+    if args.data is None:
+        refuse(args, [*READING, "model", "pretrained"], "--from-arrays")
+        _embed_arrays(args)
+    else:
+        refuse(args, ARRAY_OPTIONS, "--data")
+        _embed_data(args)
 
 
 def _embed_data(args: argparse.Namespace) -> None:
-    from fastprob.data.captions import open_dataset
     from fastprob.data.store import embed
     from fastprob.data.store_format import SKIPPED
 
-    given = {name: getattr(args, name) for name in DATA_OPTIONS}
-    given |= {"limit": args.limit, "skip_bad": args.skip_bad, "allow_outside": args.allow_outside}
-    dataset = open_dataset(args.data, **given)
+    dataset = open_data(args)
     options = {name: getattr(args, name) for name in ("batch_size", "shard_size", "max_lost", "overwrite")}
     store = embed(dataset, load_encoder_of(args), args.out, num_workers=args.workers, **options)
     print(store, store.lost or "", sep="\n")
@@ -174,30 +164,64 @@ def fit(args: argparse.Namespace) -> None:
 def eval_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
-    parser.add_argument("--out", type=Path, help="directory of report.json and figures (default: only print)")
+    parser.add_argument("--truth", type=Path, help=TRUTH)
+    parser.add_argument(
+        "--out", type=Path, help="directory of report.json, report.html and figures (default: only print)"
+    )
+    _add_page(parser)
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shown", type=int, default=8, help="most certain ones on the page, and least (default: 8)")
+    parser.add_argument("--data", help="data set of the store, as embed took it, for pictures on the page")
+    add_reading(parser.add_argument_group("with --data"))
+
+
+def _of_page(args: argparse.Namespace, store: EmbeddingStore) -> dict[str, Any]:
+    """What the page is told. Raises ValueError where --data is not the store's."""
+    from fastprob.data.store import pictures_of
+
+    if args.data is None:
+        refuse(args, READING, f"{args.command} without --data")
+    pictures = None if args.data is None else pictures_of(store, open_data(args))
+    return {"shown": args.shown, "pictures": pictures, "checkpoint": args.checkpoint}
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", required=True, type=Path, help="embedding store")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
+    add_checkpoint(parser)
     parser.add_argument("--passes", type=int, default=20, help="dropout passes (default: 20; 0: aleatoric only)")
     parser.add_argument("--seed", type=int, default=0, help="of the dropout passes (default: 0)")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", required=True, type=Path, help="embedding store")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
     parser.add_argument("--device", help="default: CUDA where there is one")
 
 
-def _open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
+def open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
     store = open_store(args.store)
     return store, load_checkpoint(args.checkpoint, store).to(device_of(args.device))
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
+    from fastprob.adapters.pages import check_shown, write_report_page
     from fastprob.adapters.report import evaluate_store
 
-    store, model = _open_adapter(args)
-    report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
+    if args.out is None:
+        refuse(args, ["data"], "eval without --out")
+    check_shown("eval", args.shown)
+    store, model = open_adapter(args)
+    of_page = _of_page(args, store)
+    truth = None if args.truth is None else read_truth(args.truth, len(store.text), len(store.image))
+    known = {"truth": truth, "error": beside(args.checkpoint)}
+    report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed, **known)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
-        write_report(report, args.out, "eval")
+        figures = write_report(report, args.out, "eval")
+        page = write_report_page(report, store, args.out / "report.html", figures=figures, **of_page)
+        print(f"\nWritten to {page}")
 
 
 def load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
@@ -218,59 +242,71 @@ def load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
 
 def predict_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
-    parser.add_argument("--out", required=True, type=Path, help="directory of images, texts and their predicted means")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="directory of images, texts, their predicted means and a page"
+    )
     parser.add_argument("--format", default="csv", help="of the tables: csv, parquet or npy (default: csv)")
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
     parser.add_argument("--overwrite", action="store_true", help="replace these files where they exist")
+    _add_page(parser)
 
 
 def predict(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.predictions import write_predictions
 
-    store, model = _open_adapter(args)
+    store, model = open_adapter(args)
     options = {name: getattr(args, name) for name in ("format", "passes", "levels", "seed", "overwrite")}
-    print(*write_predictions(model, store, args.out, **options), sep="\n")
+    options["error"] = beside(args.checkpoint)
+    print(*write_predictions(model, store, args.out, **options, **_of_page(args, store)), sep="\n")
+
+
+QUERY = "a text, an image file, or image:ROW or text:ROW of the store"
 
 
 def rank_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("query", help="a text, an image file, or image:ROW or text:ROW of the store")
+    parser.add_argument("query", help=QUERY)
     _add_adapter(parser)
     parser.add_argument("--top", type=int, default=10, help="matches to print, best first (default: 10)")
     parser.add_argument("--by", default="cosine", help="what orders them: cosine or likelihood (default: cosine)")
 
 
 def rank(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.predictions import lines, rank
 
-    store, model = _open_adapter(args)
-    side, query = _query(args, store)
+    store, model = open_adapter(args)
+    side, _, query = find_query(args, store)
     other = "text" if side == "image" else "image"
     options = {name: getattr(args, name) for name in ("top", "by", "passes", "seed")}
     ranking = rank(getattr(model, side), query, getattr(model, other), getattr(store, other), **options)
-    print(*lines(store, other, ranking), sep="\n")
+    error, known = beside(args.checkpoint), {"captions": store.captions, "adapter": model, "seed": args.seed}
+    wrong = error and error.of_query(query.cpu(), side, store, **known)
+    print(*lines(store, other, ranking, wrong), sep="\n")
 
 
-def _query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, Tensor]:
-    """Whether the query is an image or a text, and its embedding [D]."""
+def find_query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, int | None, Tensor]:
+    """Whether the query is an image or a text, its row where it is one of the store's, and its embedding [D]."""
     named = re.fullmatch(r"(image|text):(\d+)", args.query)
     if named is not None:
         side, row = named[1], int(named[2])
         rows = getattr(store, side)
         if row >= len(rows):
-            raise ValueError(f"rank: {side} rows of {store.path} are 0..{len(rows) - 1}, got {row}")
-        return side, rows[row]
+            raise ValueError(f"{args.command}: {side} rows of {store.path} are 0..{len(rows) - 1}, got {row}")
+        return side, row, rows[row]
     from fastprob.data.images import open_rgb
     from fastprob.encoders import load_encoder
 
     about = store.encoder
     if about["fingerprint"] is None:
-        raise ValueError(f"rank: {store.path} was made from arrays, no encoder is known: query image:ROW or text:ROW")
+        where = f"{args.command}: {store.path} was made from arrays, no encoder is known"
+        raise ValueError(f"{where}: query image:ROW or text:ROW")
     encoder = load_encoder(about["model"], pretrained=about["pretrained"], device=device_of(args.device))
     if encoder.fingerprint() != about["fingerprint"]:
-        raise ValueError(f"rank: {encoder} is not the one that made {store.path}: its weights are others")
+        raise ValueError(f"{args.command}: {encoder} is not the one that made {store.path}: its weights are others")
     if Path(args.query).is_file():
-        return "image", encoder.encode_image(encoder.preprocess(open_rgb(Path(args.query)))[None])[0]
-    return "text", encoder.encode_text(encoder.tokenizer([args.query]))[0]
+        return "image", None, encoder.encode_image(encoder.preprocess(open_rgb(Path(args.query)))[None])[0]
+    return "text", None, encoder.encode_text(encoder.tokenizer([args.query]))[0]
 
 
 # ------------------------------------------------------------------- the encoder that a run belongs to

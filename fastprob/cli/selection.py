@@ -27,17 +27,16 @@ def select_options(parser: argparse.ArgumentParser) -> None:
 
 def select(args: argparse.Namespace) -> None:
     from fastprob._files import write_atomically
-    from fastprob.adapters.error import FILE, beside
+    from fastprob.adapters.error import beside, file_beside
     from fastprob.adapters.selection import choose
 
     _check_new(args.out)
     store = open_store(args.store)
     adapter, errors = _adapter(args, store), None
     if args.by == "p_wrong" and args.checkpoint is not None:
-        run = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-        errors = beside(run / FILE)
+        errors = beside(args.checkpoint)
         if errors is None:
-            raise ValueError(f"--by p_wrong needs {run / FILE}, which adapters.error.fit_error(...).save writes")
+            raise ValueError(f"--by p_wrong needs {file_beside(args.checkpoint)}, which fastprob calibrate writes")
     options = {"by": args.by, "passes": args.passes, "seed": args.seed, "captions": store.captions}
     rows = choose(store, args.count, adapter=adapter, errors=errors, **options).tolist()
     write_atomically(args.out, "".join(f"{store.ids[row] if store.ids else row}\n" for row in rows))

@@ -42,18 +42,23 @@ def embed_arrays(
 ) -> EmbeddingStore:
     """Put embeddings of N images and M texts into a store at `path`; return the opened store.
 
-    image: [N, D]; text: [M, D]; arrays of floats or .npy files of such. A store holds float32 rows of unit norm, as
-    encoders here give them: float16 is converted without loss, float64 rounded to 24 bits; an array whose rows all have
-    norm 1, but for the rounding to half precision, is stored as it is, any other has every row divided by its norm (the
-    metadata's source says so, "normalised").
-    pairs: [M] integers, the image of each text, an array or an .npy file; every image has a text. None: text i is image
-    i's. The store's texts are in the order of their images, `numpy.argsort(pairs, kind="stable")`.
-    captions: M texts; None calls text i "text i". ids: N names of images.
-    encoder_name: what made the arrays. Stores and adapters of different names are kept apart; where a name is missing
-    nothing is known but the width D.
+    A store holds float32 rows of unit norm, as encoders here give them: float16 is converted without loss, float64
+    rounded to 24 bits; an array whose rows all have norm 1, but for the rounding to half precision, is stored as it is,
+    any other has every row divided by its norm (the metadata's source says so, "normalised"). A complete store of the
+    same arrays, by digests of their bytes, is returned as it is, an interrupted one resumed.
 
-    A complete store of the same arrays, by digests of their bytes, is returned as it is, an interrupted one resumed.
-    Raises ValueError naming the array, and the row that is NaN, infinite or zero, and as `embed`.
+    Args:
+        image: [N, D] floats, an array or an .npy file.
+        text: [M, D], the same.
+        pairs: [M] integers, the image of each text, an array or an .npy file; every image has a text. None: text i is
+            image i's. The store's texts are in the order of their images, `numpy.argsort(pairs, kind="stable")`.
+        captions: M texts; None calls text i "text i".
+        ids: N names of images.
+        encoder_name: what made the arrays. Stores and adapters of different names are kept apart; where a name is
+            missing nothing is known but the width D.
+
+    Raises:
+        ValueError: naming the array, and the row that is NaN, infinite or zero; and as `embed`.
     """
     content = _Arrays(image, text, pairs, captions, ids, encoder_name)
     return write_store(path, content, overwrite=overwrite, progress=progress)
@@ -131,8 +136,8 @@ class _Arrays:
         return (images + texts) * 4 * self.source["dim"] + (images * len(self._line(done)) if images else 0)
 
 
-def read_array(name: str, array: Any) -> np.ndarray:
-    """An array, or that of an .npy file, mapped. Raises ValueError as `name` where the file holds none."""
+def read_array(name: str, array: Any, who: str = "embed_arrays") -> np.ndarray:
+    """An array, or that of an .npy file, mapped. Raises ValueError, as `who` of `name`, where the file holds none."""
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
@@ -143,9 +148,9 @@ def read_array(name: str, array: Any) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # of many kinds, where the file is damaged
-        raise ValueError(f"embed_arrays: {name} must be an .npy file, got {array}: {error}") from error
+        raise ValueError(f"{who}: {name} must be an .npy file, got {array}: {error}") from error
     if not isinstance(found, np.ndarray):
-        raise ValueError(f"embed_arrays: {name} must be an .npy file, got {array}, an archive of several")
+        raise ValueError(f"{who}: {name} must be an .npy file, got {array}, an archive of several")
     return found
 
 

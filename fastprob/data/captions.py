@@ -91,18 +91,23 @@ def open_dataset(
     progress: bool = True,
     **options: str | None,
 ) -> DigitScenes | ImageCaptions:
-    """The data set that `spec` describes (the module's docstring has the forms).
+    """The data set that `spec` describes; `fastprob.data.captions` has the forms.
 
-    limit: only the first images, so many of them.
-    skip_bad: leave out rows that can't be used, and list them as `skipped`. Every image is decoded for that; without
-    it, only opened, and a file that is torn further on is found when it is read.
-    allow_outside: take images whose path leaves the directory of the images.
-    options: image_key, caption_key (names of columns) and separator, of tables; split, of Karpathy's JSON; template,
-    of class folders. None leaves each to its format.
+    Args:
+        spec: what the command line takes as --data.
+        limit: only the first images, so many of them.
+        skip_bad: leave out rows that can't be used, and list them as `skipped`. Every image is decoded for that;
+            without it, only opened, and a file that is torn further on is found when it is read.
+        allow_outside: take images whose path leaves the directory of the images.
+        progress: show a progress bar.
+        options: image_key, caption_key (names of columns) and separator, of tables; split, of Karpathy's JSON;
+            template, of class folders. None leaves each to its format.
 
-    Raises ValueError for anything else, for an option that the format does not have, and, naming file and row, for
-    the first row that can't be used: an image that is missing or none, a caption that is no text, an image without
-    one. ImportError without the package that a format needs.
+    Raises:
+        ValueError: for anything else, for an option that the format does not have, and, naming file and row, for the
+            first row that can't be used: an image that is missing or none, a caption that is no text, an image without
+            one.
+        ImportError: without the package that a format needs.
     """
     options = {name: value for name, value in options.items() if value is not None}
     if limit is not None and limit < 1:

@@ -1,11 +1,13 @@
 """Labelled images for few-shot classification: the splits of a data set by name, k-shot samples, base and new classes.
 
-digits:inverted, :rotated, :thickened     single handwritten digits under a shift, built in (`digits`: as they are)
-split_zhou_OxfordPets.json                CoOp's splits {train, val, test: [[path, label, name]]}; images beside it
-split_zhou_OxfordPets.json@/data/pets     the same, images elsewhere
-imagenet/                                 train/, val/ and test/ with a folder of images for each class; without
-                                          test/, val/ is the test split; val/ may be missing; in classnames.txt,
-                                          lines "folder name" give the classes other names than their folders'
+    digits:inverted, :rotated, :thickened    single handwritten digits under a shift, built in (`digits`: as they are)
+    split_zhou_OxfordPets.json               CoOp's splits {train, val, test: [[path, label, name]]}; images beside it
+    split_zhou_OxfordPets.json@/data/pets    the same, images elsewhere
+    imagenet/                                train/, val/ and test/ with a folder of images for each class; without
+                                             test/, val/ is the test split; val/ may be missing; in classnames.txt,
+                                             lines "folder name" give the classes other names than their folders'
+
+`open_splits` takes these.
 """
 
 from __future__ import annotations
@@ -99,7 +101,9 @@ class LabelledImages(Dataset):
 
 
 def open_splits(spec: str) -> dict[str, LabelledImages]:
-    """The splits "train", "test" and, where there is one, "val" of what `spec` describes (see above).
+    """The splits "train", "test" and, where there is one, "val" of what `spec` describes.
+
+    `fastprob.data.labelled` has the forms.
 
     Raises ValueError for anything else, for missing images, and for splits whose classes differ.
     """

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -154,6 +155,17 @@ def embed(
         raise ValueError(f"embed: data set {dataset.name!r} is empty")
     content = _Encoded(dataset, encoder, batch_size, shard_size, num_workers, max_lost)
     return write_store(path, content, overwrite=overwrite, progress=progress)
+
+
+def pictures_of(store: EmbeddingStore, dataset: Any) -> Callable[[int], Image]:
+    """What opens the picture of a row of `store.image`, which the data set has that the store was made from.
+
+    Raises ValueError, with what differs, unless name, number of images and digests are those of the store.
+    """
+    what = _differences(store.metadata["source"], _of_dataset(dataset))
+    if what:
+        raise ValueError(f"pictures_of: {store.path} was made from another data set: {what}")
+    return lambda row: dataset[row][0]
 
 
 Block = dict[str, tuple[int, bytes]]
@@ -356,15 +368,18 @@ def _rows(encoder: Any, embedding: Tensor, count: int) -> np.ndarray:
 def _source(dataset: Any, encoder: Any) -> dict[str, Any]:
     """What the stored numbers depend on, and where the weights came from."""
     return {
-        "dataset": dataset.name,
-        "images": len(dataset),
+        **_of_dataset(dataset),
         "model": encoder.name,
         "pretrained": None if encoder.pretrained is None else str(encoder.pretrained),
         "fingerprint": encoder.fingerprint(),
         "transform": described(encoder.preprocess),
         "dim": int(encoder.dim),
-        **(dataset.digests() if hasattr(dataset, "digests") else {}),
     }
+
+
+def _of_dataset(dataset: Any) -> dict[str, Any]:
+    digests = dataset.digests() if hasattr(dataset, "digests") else {}
+    return {"dataset": dataset.name, "images": len(dataset), **digests}
 
 
 def _check_place(path: Path) -> None:
@@ -378,10 +393,14 @@ def _check_place(path: Path) -> None:
 
 def _check_source(path: Path, stored: dict[str, Any], source: dict[str, Any]) -> None:
     """Raises ValueError unless both are the same; weights may have moved, their fingerprint says which they are."""
-    keys = [key for key in source if key != "pretrained" and stored.get(key, source[key]) != source[key]]
-    if keys:
-        what = "; ".join(f"{key} is {stored.get(key)!r} there, {source[key]!r} here" for key in keys)
+    what = _differences(stored, source)
+    if what:
         raise ValueError(f"{path}: this store has another source: {what}; overwrite it or take a new path")
+
+
+def _differences(stored: dict[str, Any], source: dict[str, Any]) -> str:
+    keys = [key for key in source if key != "pretrained" and stored.get(key, source[key]) != source[key]]
+    return "; ".join(f"{key} is {stored.get(key)!r} there, {source[key]!r} here" for key in keys)
 
 
 def _prepare(path: Path, metadata: dict[str, Any], skipped: Sequence[dict[str, str]]) -> None:

@@ -11,9 +11,11 @@ import torch
 import fastprob
 from fastprob._files import write_atomically
 from fastprob.adapters import FitResult, TrainConfig, fit
+from fastprob.adapters.pages import write_report_page
 from fastprob.adapters.report import Report, evaluate_store, training_curves
+from fastprob.adapters.training import CHECKPOINT
 from fastprob.data.digitscenes import LEVELS, DigitScenes
-from fastprob.data.store import EmbeddingStore, embed
+from fastprob.data.store import EmbeddingStore, embed, pictures_of
 from fastprob.demo import speed, study
 from fastprob.encoders import load_encoder
 from fastprob.evaluation.retrieval import recall_at_k
@@ -22,7 +24,8 @@ HEADS = (("softplus", "paper"), ("relu", "paper"), ("relu", "released"))  # ours
 
 
 def run(out: Path, *, epochs: int = 50, study_epochs: int = 40) -> None:
-    """Embed DigitScenes, train and evaluate an adapter, compare loss weights and speed; writes `out`/report.md."""
+    """Embed DigitScenes, train and evaluate an adapter, compare loss weights and speed; writes `out`/report.md
+    and report.html."""
     encoder = load_encoder("tiny")
     scenes = {split: DigitScenes(split) for split in ("train", "val", "test")}
     stores = {split: embed(scenes[split], encoder, out / "embeddings" / split) for split in scenes}
@@ -31,8 +34,9 @@ def run(out: Path, *, epochs: int = 50, study_epochs: int = 40) -> None:
     trained = fit(stores["train"], validation=stores["val"], config=config, directory=out / "adapter")
     report = evaluate_store(trained.model, stores["test"])
     report.save(out)
-    report.draw(out)
-    training_curves(trained.history, out / "training.png")
+    figures = [*report.draw(out), ("Adapter training", training_curves(trained.history, out / "training.png"))]
+    about = {"pictures": pictures_of(stores["test"], scenes["test"]), "checkpoint": out / "adapter" / CHECKPOINT}
+    page = write_report_page(report, stores["test"], out / "report.html", figures=figures, **about)
     settings = study.cross_weight_study(stores["train"], stores["test"], HEADS, study_epochs)
     study.draw(settings, out / "cross_weight.png")
     recall = frozen_recall(stores["test"], scenes["test"])
@@ -41,7 +45,7 @@ def run(out: Path, *, epochs: int = 50, study_epochs: int = 40) -> None:
     )
     write_atomically(out / "speed.json", json.dumps(times, indent=1) + "\n")
     write_atomically(out / "report.md", f"{text}\n")
-    print(f"\n{text}\n\nWritten to {out / 'report.md'}")
+    print(f"\n{text}\n\nWritten to {out / 'report.md'}; the most and the least certain scenes and captions in {page}")
 
 
 def frozen_recall(store: EmbeddingStore, scenes: DigitScenes) -> list[float]:

@@ -62,10 +62,15 @@ def load_encoder(
 ) -> Encoder:
     """Load a frozen encoder by open_clip's names.
 
-    model: "tiny", which ships with its weights (`fastprob.encoders.tiny`); a name of `open_clip.list_models()`; or
-    open_clip's "hf-hub:..." and "local-dir:...". pretrained: one of open_clip's tags for the model or a local
-    checkpoint file; None only for those that bring their weights ("tiny" and the last two). Raises ValueError for an
-    unknown model or weights that are missing or don't fit.
+    Args:
+        model: "tiny", which ships with its weights (`fastprob.encoders.tiny`); a name of `open_clip.list_models()`; or
+            open_clip's "hf-hub:..." and "local-dir:...".
+        pretrained: one of open_clip's tags for the model or a local checkpoint file; None only for those that bring
+            their weights ("tiny" and the last two).
+        device: where its weights go.
+
+    Raises:
+        ValueError: an unknown model, or weights that are missing or don't fit.
     """
     name = _known_model(model)
     weights = _known_weights(name, model, pretrained)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +35,30 @@ def match_rank(query: Tensor, gallery: Tensor, match: Match) -> Tensor:
     and errors as in `calibrate`. Works through blocks of queries and gallery, which may be memory-mapped; what it
     holds depends on D alone.
     """
-    return _ranks(query, gallery, match)[0]
+    return _found(query, gallery, match)[0].rank
 
 
-def match_ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor]:
-    """`match_rank` of the queries in the gallery [Q] and of the gallery items in the queries [G], for one's cost.
+@dataclass(frozen=True)
+class Found:
+    """What queries find: the rank of each one's best match, see `match_rank`, and the cosine of its first item."""
+
+    rank: Tensor
+    first: Tensor
+
+
+def find_matches(query: Tensor, gallery: Tensor, match: Match) -> tuple[Found, Found]:
+    """What the queries [Q] find in the gallery, and the gallery items [G] among the queries, for one's cost.
 
     Raises ValueError as `match_rank`, and for a gallery item without a match.
     """
-    of_query, of_gallery, lonely = _ranks(query, gallery, match)
+    of_query, of_gallery, lonely = _found(query, gallery, match)
     if lonely is not None:
-        raise ValueError(f"match_ranks: every gallery item needs a match, item {lonely} has none")
+        raise ValueError(f"find_matches: every gallery item needs a match, item {lonely} has none")
     return of_query, of_gallery
 
 
-def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor, int | None]:
-    """Ranks of both directions, and the first gallery item without a match, if there is one."""
+def _found(query: Tensor, gallery: Tensor, match: Match) -> tuple[Found, Found, int | None]:
+    """What both directions find, and the first gallery item without a match, if there is one."""
     query, gallery, match = _checked(query, gallery, match)
     truth, sizes, device = _Truth(match), (len(query), len(gallery)), gallery.device
     best = [torch.full((size,), -math.inf, device=device) for size in sizes]
@@ -61,15 +70,44 @@ def _ranks(query: Tensor, gallery: Tensor, match: Match) -> tuple[Tensor, Tensor
     if bare is not None:
         raise ValueError(f"match_rank: every query needs a match, query {bare} has none")
     before = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
-    above = torch.empty(0, device=device)
+    first, above = [each.clone() for each in best], torch.empty(0, device=device)
     for similarity, places in products(query, gallery, "ranks", truth.orders):
+        for here, of, along in zip(first, places, (1, 0)):
+            here[of] = torch.maximum(here[of], similarity.amax(along))
         if truth.any(*places):
             similarity.masked_fill_(truth(*places).to(device), -math.inf)
         above.resize_(similarity.shape)
         for here, bar, of, along in zip(before, best, places, (1, 0)):
             torch.gt(similarity, (bar[of] - _TIE).unsqueeze(along), out=above)
             here[of] += above.sum(along).long()  # sums of 0 and 1, exact up to 2^24; faster than those of bool
-    return before[0].cpu(), before[1].cpu(), lonely
+    of_query, of_gallery = (Found(rank.cpu(), nearest.cpu()) for rank, nearest in zip(before, first))
+    return of_query, of_gallery, lonely
+
+
+def nearest(query: Tensor, gallery: Tensor, k: int, *, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k gallery items most like each query, by cosine similarity: similarities and rows, [Q, k], the best first.
+
+    Items that tie are in the order of `among`. What it holds depends on D, Q and k alone.
+
+    Args:
+        query: embeddings [Q, D].
+        gallery: embeddings [G, D], which may be memory-mapped.
+        k: from 1 to the rows in `among`.
+        among: rows of the gallery to choose from, int64 [A]; None: all.
+
+    Raises:
+        ValueError: a k out of its range.
+    """
+    among = torch.arange(len(gallery)) if among is None else among
+    if not 1 <= k <= len(among):
+        raise ValueError(f"nearest: k must be from 1 to the {len(among)} gallery items, got {k}")
+    best, items = torch.full((len(query), k), -math.inf), torch.zeros(len(query), k, dtype=torch.int64)
+    for similarity, (rows, columns) in products(query, gallery, "nearest", (torch.arange(len(query)), among)):
+        values = torch.cat([best[rows], similarity.cpu()], 1)  # what was found before stands first
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        best[rows] = values[:, :k]
+        items[rows] = torch.cat([items[rows], columns.expand(len(rows), -1)], 1).gather(1, order[:, :k])
+    return best, items
 
 
 def products(

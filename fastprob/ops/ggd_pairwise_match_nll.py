@@ -58,8 +58,10 @@ def ggd_pairwise_match_nll(
     *,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Exact cross-modal likelihoods of all pairs: element (i, j) is the sum over D of `ggd_match_nll` of row i of the
-    first distributions and row j of the others. No [N, M, D] is held.
+    """Exact cross-modal negative log-likelihoods of all pairs of distributions.
+
+    Element (i, j) is the sum over D of `ggd_match_nll` of row i of the first distributions and row j of the others. No
+    [N, M, D] is held.
 
     Args:
         mu, inv_alpha, beta: [N, D], as `ggd_match_nll` takes them; float64, float32, bfloat16 or float16.

@@ -5,6 +5,7 @@ from fastprob.prompts.encoder import PromptTextEncoder
 from fastprob.prompts.evaluation import Scores, linear_probe, predict, scores, zero_shot
 from fastprob.prompts.inputs import Inputs
 from fastprob.prompts.methods import DAPT, VPT, CoCoOp, CoOp, prototypes
+from fastprob.prompts.report import Report, Result, evaluate_runs
 from fastprob.prompts.training import fit
 
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "Inputs",
     "PromptConfig",
     "PromptTextEncoder",
+    "Report",
+    "Result",
     "Scores",
     "Tuned",
+    "evaluate_runs",
     "fit",
     "linear_probe",
     "predict",

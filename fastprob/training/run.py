@@ -21,7 +21,9 @@ from fastprob._files import locked, read_pickle, write_atomically
 from fastprob.training.distributed import average, on_any, rank
 from fastprob.training.random import random_state, set_random_state
 
-LAST = "last.pt"  # what a run resumes from
+LAST = "last.pt"
+"""What a run resumes from."""
+
 _REPORT_EVERY = 50
 """Steps between reads of the loss from the device: for the progress bar, and to stop at a NaN soon."""
 

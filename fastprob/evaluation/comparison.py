@@ -1,0 +1,96 @@
+"""Uncertainties of the same queries side by side: which of them tells best what is wrong, by how much, how surely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastprob.evaluation.calibration import expected_calibration_error
+from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a score is worth as an uncertainty; see `fastprob.evaluation.selective`."""
+
+    aurc: Estimate
+    auroc: Estimate
+    ece: float | None
+    """Expected calibration error of a score that is a probability of error, else None."""
+    risk: list[float]
+    """Share of wrong ones among the most certain 1 %, 2 %, ... 100 % of the queries."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of the queries of one direction, by one rule of what a match is."""
+
+    error: float
+    """Share of the queries whose first match is wrong: the AURC of a constant."""
+    scores: dict[str, Judged]
+
+    @property
+    def best(self) -> str:
+        """The score of least AURC."""
+        return min(self.scores, key=lambda name: self.scores[name].aurc.value)
+
+    def table(self) -> str:
+        """A line a score, the best first, as text."""
+        width = max(len(name) for name in self.scores)
+        lines = [f"{'':{width}}   AURC [95 %]             AUROC [95 %]            ECE"]
+        for name in sorted(self.scores, key=lambda name: self.scores[name].aurc.value):
+            one = self.scores[name]
+            ece = "" if one.ece is None else f"{one.ece:.3f}"
+            lines.append(f"{name:{width}}   {one.aurc!s:21}   {one.auroc!s:21}   {ece}".rstrip())
+        return "\n".join(lines)
+
+
+EXPLANATION = """\
+AURC is the share of wrong answers among the answered queries, the most certain first, averaged over all shares that are
+answered: less is better, and a score that says nothing has the error rate. AUROC is the probability that a wrong query
+has the larger score of a wrong and a right one: 0.5 says nothing, below that the score is inverted. ECE is how far a
+probability of error is from the share that is wrong."""
+
+
+def compare(
+    scores: Mapping[str, Tensor],
+    wrong: Tensor,
+    group: Tensor,
+    *,
+    probabilities: Collection[str] = (),
+    draws: int = 400,
+    seed: int = 0,
+) -> Comparison:
+    """Judge scores of Q queries, and a random one beside them.
+
+    Args:
+        scores: name -> [Q], larger for less certain.
+        wrong: whether each query's first match is wrong, [Q] bool.
+        group: [Q] int64, queries that a bootstrap draws together, such as those of the same text.
+        probabilities: names of the scores that are probabilities of error.
+        draws, seed: of the bootstrap; seed also of the random score.
+
+    Raises:
+        ValueError: as `Ranked`.
+    """
+    chance = torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed))
+    resampled, judged = Bootstrap(group, draws, seed), {}
+    for name, score in {**scores, RANDOM: chance}.items():
+        ranked = Ranked(score, wrong)
+        ece = expected_calibration_error(score, wrong) if name in probabilities else None
+        both = bool(wrong.any()) and not bool(wrong.all())
+        auroc = estimate(ranked.auroc, resampled) if both else Estimate(math.nan, math.nan, math.nan)
+        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, _risks(ranked))
+    return Comparison(float(wrong.double().mean()), judged)
+
+
+def _risks(ranked: Ranked) -> list[float]:
+    coverage, risk = (values.numpy() for values in ranked.curve())
+    return np.interp(np.arange(1, 101) / 100, coverage, risk).tolist()
