@@ -30,6 +30,8 @@ def test_probvlm_demo(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert f"{report['ambiguity_spearman']:+.2f}." in text
     assert f"S = {report['text_to_image']['spearman']:+.2f}" in text
+    judged = report["comparisons"]["text -> image, own"]["scores"]["p(wrong)"]["aurc"]
+    assert f"- text -> image, own: {judged['value']:.3f} [{judged['low']:.3f}, {judged['high']:.3f}]; 1 - max" in text
     history = json.loads((tmp_path / "adapter" / "history.json").read_text())
     assert len(history["val_nll"]) == 2 and f"{history['nll_after']:.3f} after" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| relu")]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastprob._files import read_tensors, write_tensors
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
-from fastprob.adapters.uncertainty import predict
+from fastprob.adapters.uncertainty import ROWS, predict
 from fastprob.data.pairs import Paired, PairedEmbeddings, check_paired
 from fastprob.evaluation.error import ErrorModel, fit_error_model
 from fastprob.evaluation.retrieval import Match, find_matches
@@ -40,7 +40,6 @@ SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the images, for galleries of several 
 SIDES = ("image", "text")
 _OTHER = dict(zip(SIDES, SIDES[::-1]))
 _VERSION = 1
-_ROWS = 16384  # of [D] predictions held at a time: 130 MB in four tensors at D = 512
 _OTHERS = 4096  # queries that a single one is held against
 _SAME = 1e-6  # rows that differ by less are the same query
 _LEAST = 1e-30  # of a variance, before its logarithm; its inverse is the greatest
@@ -258,7 +257,7 @@ def variances(adapter: ProbVLM, data: Paired, passes: int, seed: int = 0) -> dic
 
 
 def _variances(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> dict[str, Tensor]:
-    blocks = [predict(adapter, block, passes=passes, seed=seed) for block in rows.split(_ROWS)]
+    blocks = [predict(adapter, block, passes=passes, seed=seed) for block in rows.split(ROWS)]
     kinds = ("aleatoric", "epistemic") if passes else ("aleatoric",)
     return {kind: torch.cat([getattr(block, kind).mean(1).cpu() for block in blocks]) for kind in kinds}
 

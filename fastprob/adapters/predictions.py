@@ -22,15 +22,13 @@ from fastprob._files import replaced
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.error import ErrorModels
 from fastprob.adapters.pages import SHOWN, check_shown, write_predictions_page
-from fastprob.adapters.uncertainty import predict
+from fastprob.adapters.uncertainty import ROWS, predict
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import uncertainty_levels
 from fastprob.evaluation.examples import Pictures
 
 FORMATS = ("csv", "parquet", "npy")
 SIDES = ("image", "text")
-_ROWS = 16384
-"""Rows of [D] predictions held at a time: 130 MB in four tensors at D = 512."""
 
 
 def write_predictions(
@@ -118,8 +116,8 @@ def _predict_side(
     with replaced(mean) as path, open(path, "wb") as file:  # mapped, the means would count as memory
         kind = {"descr": "<f4", "fortran_order": False, "shape": tuple(rows.shape)}
         np.lib.format.write_array_header_1_0(file, kind)
-        for start in range(0, len(rows), _ROWS):
-            some = slice(start, start + _ROWS)
+        for start in range(0, len(rows), ROWS):
+            some = slice(start, start + ROWS)
             predicted = predict(adapter, rows[some], passes=passes, seed=seed)
             file.write(predicted.mu.numpy(force=True).astype("<f4").tobytes())
             for name, values in numbers.items():
@@ -199,8 +197,8 @@ def rank(
     query = query.to(device)
     with torch.no_grad():
         distribution = of_query(query[None])  # three of [1, D]
-        cosine = torch.cat([cosine_similarity(query, block.to(device)) for block in gallery.split(_ROWS)])
-        nll = torch.cat([_nll(distribution, block.to(device)) for block in gallery.split(_ROWS)])
+        cosine = torch.cat([cosine_similarity(query, block.to(device)) for block in gallery.split(ROWS)])
+        nll = torch.cat([_nll(distribution, block.to(device)) for block in gallery.split(ROWS)])
     rows = (cosine if by == "cosine" else -nll).argsort(descending=True, stable=True)[:top]
     matches = predict(of_gallery, gallery[rows.cpu()], passes=passes, seed=seed).total.mean(1)
     return Ranking(
