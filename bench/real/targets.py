@@ -29,13 +29,14 @@ from fastprob.encoders import load_encoder
 from fastprob.training import cosine, own_random_state, seed_all
 
 from . import parts
-from .fetch import DRAWINGS, PICTURES, fetch, work_directory
-from .openclipart import captions_of, find_pictures, split, truth
-from .towers import Rows, features, train_heads
+from .fetch import work_directory
+from .openclipart import captions_of, split, truth
+from .towers import Rows, train_heads
 
 LABELLED = 300  # pictures
 BATCH, WEIGHT_DECAY = 128, 0.1
 RATE = {"openclipart": 1e-3, "digitscenes": 3e-3}  # of 3e-4 to 1e-2, the best with 400 random pictures
+PARTS = ("labelled", "pool", "val", "test")
 CPU = torch.device("cpu")
 
 Heads = tuple[nn.Module, nn.Module]
@@ -95,11 +96,12 @@ def tune(heads: Heads, rows: Rows, steps: int, rate: float, seed: int) -> Heads:
         for head in copied:
             head.train()
         scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as open_clip's models start
-        optimizer = torch.optim.AdamW([*image_head.parameters(), *text_head.parameters(), scale], rate, fused=True)
+        parameters = [*image_head.parameters(), *text_head.parameters(), scale]
+        optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY, fused=True)
         loss_of, pairs, done = ClipLoss(), Pairs(rows, CPU), 0
         while done < steps:
             for image, text in pairs.epoch(seed, done, BATCH):
-                optimizer.param_groups[0].update(lr=rate * cosine(done / steps), weight_decay=WEIGHT_DECAY)
+                optimizer.param_groups[0]["lr"] = rate * cosine(done / steps)
                 loss = loss_of(image_head(image), text_head(text), scale.exp())
                 optimizer.zero_grad()
                 loss.backward()
@@ -112,21 +114,13 @@ def tune(heads: Heads, rows: Rows, steps: int, rate: float, seed: int) -> Heads:
 
 def openclipart(cache: Path) -> Target:
     """Pictures through the towers."""
-    pictures = find_pictures(fetch(DRAWINGS, cache), fetch(PICTURES, cache))
-    captions = [captions_of(picture) for picture in pictures]
-    row = {text: i for i, text in enumerate(sorted({caption.text for each in captions for caption in each}))}
-    image, text = features(pictures, list(row), cache)
-    own = [torch.tensor([row[caption.text] for caption in each]) for each in captions]
+    pictures, image, text, own = parts.encoded(cache)
     members = split(len(pictures))
-    members = {
-        "labelled": members["heads"][:LABELLED],
-        "pool": members["heads"][LABELLED:] + members["train"],
-        "val": members["val"],
-        "test": members["test"],
-    }
-    rows = {part: parts.rows_of(image, text, own, which) for part, which in members.items()}
-    tested = [caption for i in members["test"] for caption in captions[i]]
-    return Target(rows, truth(tested, [pictures[i] for i in members["test"]]), train_heads(rows["labelled"]))
+    members["labelled"], members["pool"] = members["heads"][:LABELLED], members["heads"][LABELLED:] + members["train"]
+    rows = {part: parts.rows_of(image, text, own, members[part]) for part in PARTS}
+    tested = [pictures[i] for i in members["test"]]
+    true = truth([caption for picture in tested for caption in captions_of(picture)], tested)
+    return Target(rows, true, train_heads(rows["labelled"]))
 
 
 def digitscenes(cache: Path) -> Target:
