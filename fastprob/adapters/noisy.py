@@ -71,10 +71,19 @@ def _distance(data: Paired) -> Tensor:
 
 
 def _siblings(data: Paired) -> Tensor:
-    owner, unit = data.caption_image, normalize(data.text.float(), dim=1)  # [M], [M, D]
-    others = torch.zeros(data.image.shape).index_add_(0, owner, unit)[owner] - unit  # [M, D]
-    alone = torch.bincount(owner)[owner] == 1
-    return (1 - cosine_similarity(unit, others)).masked_fill(alone, torch.nan)
+    owner, rows = data.caption_image, torch.arange(len(data.text)).split(_ROWS)
+    total = torch.zeros(data.image.shape)  # [N, D] of an image's captions
+    for some in rows:
+        total.index_add_(0, owner[some], _unit(data.text[some]))
+    distances = []
+    for some in rows:
+        unit = _unit(data.text[some])
+        distances.append(1 - cosine_similarity(unit, total[owner[some]] - unit))
+    return torch.cat(distances).masked_fill(torch.bincount(owner)[owner] == 1, torch.nan)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return normalize(rows.float(), dim=1)
 
 
 @torch.no_grad()
