@@ -4,10 +4,10 @@
     name, uncertainty = rank_models({"a": Candidate(a, ...), "b": Candidate(b, ...)}, by="p_wrong")[0]
 
 Measured on two data sets and three seeds (bench/results/real/selection.md): to label, only coreset was better than a
-random choice, and on one of the two; the most uncertain pictures were worse than random, by p_wrong on both. To choose
-a model, p_wrong found the best one every time, distance most times; total did not. Sources: ProbVLM, ICCV 2023
-(both by total uncertainty); Sener and Savarese, Active Learning for Convolutional Neural Networks: A Core-Set Approach,
-ICLR 2018 (greedy k-centers).
+random choice, on pictures and not on digit scenes; the most uncertain ones were no better, mostly worse. To choose a
+model, p_wrong found the best one every time, with an adapter or without, distance most times; total did not. Sources:
+ProbVLM, ICCV 2023 (both by total uncertainty); Sener and Savarese, Active Learning for Convolutional Neural Networks: A
+Core-Set Approach, ICLR 2018 (greedy k-centers).
 """
 
 from __future__ import annotations
