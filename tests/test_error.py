@@ -1,6 +1,8 @@
 """The probability of a wrong first match: its formula, its calibration at several sizes of gallery, its file."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -129,6 +131,27 @@ def test_an_adapter_adds_the_variances_of_the_query_and_of_its_match():
     with pytest.raises(ValueError, match="adapter must be the one that it was fitted with"):
         model(data)
     assert model(data, adapter=adapter)["text"].shape == (200,)
+
+
+VARIANCES = """
+import pathlib, sys, torch
+from fastprob.adapters import PairedEmbeddings, ProbVLM
+from fastprob.adapters import error
+error.ROWS = 64
+peak = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB
+adapter, rows = ProbVLM(256, hidden=4), torch.randn(40000, 256)
+data = PairedEmbeddings(rows[:64], rows, torch.arange(40000) % 64)
+error.variances(adapter, PairedEmbeddings(rows[:64], rows[:64], torch.arange(64)), 0)
+before = peak()
+error.variances(adapter, data, 0)
+print(peak() - before)
+"""
+
+
+def test_variances_are_held_a_block_at_a_time():
+    """Less than one of the four [M, D] tensors that a prediction of all rows has."""
+    run = subprocess.run([sys.executable, "-c", VARIANCES], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 40000 * 256 * 4 / 1024
 
 
 def test_an_adapter_is_known_by_its_weights():

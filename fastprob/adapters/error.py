@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastprob._files import read_tensors, write_tensors
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
@@ -257,9 +258,14 @@ def variances(adapter: ProbVLM, data: Paired, passes: int, seed: int = 0) -> dic
 
 
 def _variances(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> dict[str, Tensor]:
-    blocks = [predict(adapter, block, passes=passes, seed=seed) for block in rows.split(ROWS)]
     kinds = ("aleatoric", "epistemic") if passes else ("aleatoric",)
-    return {kind: torch.cat([getattr(block, kind).mean(1).cpu() for block in blocks]) for kind in kinds}
+    found = {kind: torch.empty(len(rows)) for kind in kinds}
+    blocks = torch.arange(len(rows)).split(ROWS)
+    for some in tqdm(blocks, "variances", unit="block", delay=5, leave=False):
+        predicted = predict(adapter, rows[some], passes=passes, seed=seed)
+        for kind, values in found.items():
+            values[some] = getattr(predicted, kind).mean(1).cpu()
+    return found
 
 
 def digest(adapter: ProbVLM) -> str:
