@@ -126,22 +126,26 @@ def gather(cache: Path) -> Gathered:
     return Gathered(pictures, captions, sorted({caption.text for each in captions for caption in each}))
 
 
-def _make_openclipart(cache: Path, root: Path) -> None:
+def encoded(cache: Path) -> tuple[list[Picture], Tensor, Tensor, list[Tensor]]:
+    """All pictures, their features, those of all texts, and the rows of these that are each picture's."""
     found = gather(cache)
-    pictures, captions = found.pictures, found.captions
-    image, text = features(pictures, found.texts, cache)
+    image, text = features(found.pictures, found.texts, cache)
     row = {text: i for i, text in enumerate(found.texts)}
-    own = [torch.tensor([row[caption.text] for caption in each]) for each in captions]
+    return found.pictures, image, text, [torch.tensor([row[each.text] for each in some]) for some in found.captions]
+
+
+def _make_openclipart(cache: Path, root: Path) -> None:
+    pictures, image, text, own = encoded(cache)
     parts = split(len(pictures))
-    image_head, text_head = train_heads(_rows(image, text, own, parts["heads"]))
+    image_head, text_head = train_heads(rows_of(image, text, own, parts["heads"]))
     with torch.no_grad():
         image, text = image_head(image), text_head(text)
     for name in ("train", "val", "test"):
-        rows, members = _rows(image, text, own, parts[name]), [pictures[i] for i in parts[name]]
+        rows, members = rows_of(image, text, own, parts[name]), [pictures[i] for i in parts[name]]
         _part(rows, members).save(root / name)
 
 
-def _rows(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
+def rows_of(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
     """The rows of these pictures and of their captions; own: rows of `text` of each picture's captions."""
     counts = torch.tensor([len(own[i]) for i in members])
     caption_image = torch.arange(len(members)).repeat_interleave(counts)
