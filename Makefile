@@ -20,8 +20,8 @@ demo-prompts: $(INSTALLED)
 	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
 
 # Real pictures: towers over openclipart once (cached), an adapter by the ordinary commands, then adapters by cross weight
-# and loss and their report. real is a seed of every setting, real-study all seeds, what decides the sign and
-# whether uncertainty chooses captions, pictures and models. The first time it needs a network.
+# and loss and their report. real is a seed of every setting, real-study all seeds, what decides the sign, all rivals of
+# ProbVLM's uncertainty, and whether it chooses captions, pictures and models. The first time it needs a network.
 REAL_OUT ?= real-out
 REAL := $(PYTHON) -m bench.real
 
@@ -41,6 +41,7 @@ real: $(VENV)/.installed-real
 real-study: $(VENV)/.installed-real
 	$(REAL).study
 	$(REAL).report --out bench/results/real
+	$(REAL).uncertainty --out bench/results/real
 	$(REAL).selection --out bench/results/real
 
 # A small CLIP of these pictures and of emoji, once (cached), then prompts on emoji, CIFAR-10 and QuickDraw by every method.

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastprob._files import write_atomically
-from fastprob.adapters import GGDAdapter, ProbVLM
+from fastprob.adapters import GGDAdapter, ProbVLM, predict
 
 RELEASED = ["mod.0", "mod.2", "mod.5"] + [f"block_{head}.{i}" for head in ("mu", "alpha", "beta") for i in (0, 2)]
 RELEASED_KEYS = [f"{layer}.{kind}" for layer in RELEASED for kind in ("weight", "bias")]
@@ -138,6 +138,21 @@ def test_save_and_load_restore_weights_and_config(tmp_path, positive):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("power", [1.0, 2])
+def test_a_fixed_power_is_that_of_every_distribution(tmp_path, power):
+    model = ProbVLM(6, 4, power=power).eval()
+    x = torch.randn(3, 6)
+    _, inv_alpha, beta = model.image(x)
+    assert beta.tolist() == [[pytest.approx(power - 1e-4)] * 6] * 3 and len(inv_alpha.unique()) == 18
+    variance = {1.0: 2, 2: 0.5}[power] / (inv_alpha + 1e-4) ** 2
+    torch.testing.assert_close(predict(model.image, x).aleatoric, variance.detach())
+    model.save(tmp_path / "model")
+    again = ProbVLM.load(tmp_path / "model")
+    assert again.config == {"dim": 6, "hidden": 4, "dropout": 0.1, "positive": "softplus", "power": power}
+    assert again.text(x)[2].equal(model.text(x)[2])
+    assert "power" not in ProbVLM(6, 4).config and not any("beta" in name for name in model.state_dict())
+
+
 def test_load_refuses_another_file(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="must have format"):
@@ -172,6 +187,9 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": float("nan")}, "dropout must be in"),
         ({"positive": "exp"}, "positive must be one of .*got 'exp'"),
+        ({"power": 0}, "power must be None or finite and > 0.0001, got 0"),
+        ({"power": float("inf")}, "power must be None or .*got inf"),
+        ({"power": "two"}, "power must be None or .*got 'two'"),
     ],
 )
 def test_bad_arguments(make, arguments, message):

@@ -387,6 +387,7 @@ def test_fit_mistakes(capsys, tmp_path, stores, run, wide):
     assert "dropout must be in [0, 1), got 1.5" in fail(capsys, "fit", *train, "--out", out, "--dropout", "1.5")
     assert "form must be" in fail(capsys, "fit", *train, "--out", out, "--form", "draft")
     assert "cross must be" in fail(capsys, "fit", *train, "--out", out, "--cross", "both")
+    assert "power must be" in fail(capsys, "fit", *train, "--out", out, "--power", "-1")
     assert "different encoders" in fail(capsys, "fit", *train, "--val-store", wide, "--out", out)
     assert not out.exists()
     assert "last.pt" in fail(capsys, "fit", *train, "--out", out, "--resume")

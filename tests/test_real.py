@@ -17,6 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 from bench.real import fetch, measures, openclipart, study
 from bench.real.parts import Part
 from fastprob.adapters import PairedEmbeddings
+from fastprob.evaluation.selective import Ranked
 
 # ------------------------------------------------------------------------------------------------- fetching
 
@@ -279,29 +280,16 @@ def test_a_run_is_what_its_judge_takes(part, form):
 # ------------------------------------------------------------------------------------------------- measures
 
 
-def test_aurc_is_the_mean_over_orders_of_equal_scores():
-    """Against the sum over single queries, finely divided, in every order of the two that tie."""
-    wrong = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
-    score = torch.tensor([0.1, 0.5, 0.5, 0.7])
-    parts = 2000  # of a query
-    mixed = torch.tensor([0.0, 0.5, 0.5, 1.0], dtype=torch.float64).repeat_interleave(parts)
-    expected = (mixed.cumsum(0) / torch.arange(1, len(mixed) + 1)).mean()
-    torch.testing.assert_close(measures.aurc(score, wrong, torch.ones(1, 4).double())[0], expected, atol=1e-3, rtol=0)
-
-
-def test_gain_is_one_at_best_and_zero_of_a_constant():
-    wrong = (torch.arange(50) % 3 == 0).double()
-    assert measures.gain(wrong, wrong).item() == pytest.approx(1)
-    assert measures.gain(torch.zeros(50), wrong).item() == pytest.approx(0, abs=1e-12)
-    assert measures.gain(-wrong, wrong).item() < -0.5
-
-
-def test_a_weight_stands_for_so_many_queries():
-    generator = torch.Generator().manual_seed(0)
-    score, wrong = torch.rand(9, generator=generator), torch.randint(2, (9,), generator=generator).double()
-    count = torch.randint(3, (9,), generator=generator)
-    repeated = [rows.repeat_interleave(count) for rows in (score, wrong)]
-    assert measures.gain(score, wrong, count[None].double()).item() == pytest.approx(measures.gain(*repeated).item())
+def test_an_interval_is_over_queries_and_seeds(part):
+    """One seed has the best order and the other the worst: half of the draws of two seeds have one of each."""
+    judge = measures.Judge(part, part)
+    draws = judge.draws["text -> image"]
+    assert draws.shape == (measures.DRAWS, 6) and draws[:, [1, 2]].equal(draws[:, [4, 1]])  # three of "thing"
+    wrong = (torch.arange(6) % 3 == 0).double()
+    gain = Ranked(wrong, wrong).gain().item(), Ranked(-wrong, wrong).gain().item()
+    mean, low, high = measures.gain_interval([wrong, -wrong], wrong, torch.ones(400, 6).double())
+    assert mean == pytest.approx(sum(gain) / 2) and (high, low) == pytest.approx(gain)
+    assert measures.gain_interval([wrong], wrong, torch.ones(9, 6).double()) == pytest.approx((1, 1, 1))
 
 
 def test_level_spearman_is_that_of_calibrate(part):

@@ -141,6 +141,7 @@ def test_defaults_are_those_documented():
         "hidden": 256,
         "dropout": 0.1,
         "positive": "softplus",
+        "power": None,
         "seed": 0,
     }
     assert ProbVLM().config == {"dim": 512, "hidden": 256, "dropout": 0.1, "positive": "softplus"}
@@ -185,6 +186,19 @@ def test_nll_is_the_mean_over_all_captions(monkeypatch):
         for weight, of, z in ((1, of_v, z_v), (1, of_t, z_t), (0.25, of_v, z_t), (0.25, of_t, z_v)):
             total += weight * fastprob.ggd_nll(*of, z, form="released").item()
     assert got == pytest.approx(total / len(data.text), rel=1e-5)
+
+
+def test_a_run_of_a_fixed_power_says_so_and_resumes(tmp_path):
+    gaussian = TrainConfig(**{**vars(CONFIG), "power": 2.0})
+    result = run(tmp_path, config=gaussian)
+    _, _, beta = result.model.text(pairs().text)
+    assert (
+        torch.allclose(beta, torch.tensor(2 - 1e-4))
+        and ProbVLM.load(tmp_path / "best.safetensors").config["power"] == 2
+    )
+    with pytest.raises(ValueError, match=r"was trained with power=2\.0, got power=None"):
+        run(tmp_path, resume=True)
+    assert same(run(tmp_path, config=gaussian, resume=True), result)
 
 
 # ---- the exact cross-modal likelihood -------------------------------------------------------------------------------
@@ -276,7 +290,7 @@ def test_a_run_from_before_there_was_a_choice_resumes_as_what_it_is(tmp_path, mo
         stop_after(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
         run(tmp_path)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    del state["identity"]["cross"]
+    del state["identity"]["cross"], state["identity"]["power"]
     torch.save(state, tmp_path / "last.pt")
     with pytest.raises(ValueError, match="was trained with cross='delta', got cross='exact'"):
         run(tmp_path, config=EXACT, resume=True)

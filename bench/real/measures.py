@@ -3,8 +3,8 @@
 Two rules say when a query is right at rank 1: "own", it found what it was written for; "true", anything that is true
 of it. Queries are captions (text -> image) or pictures (image -> text), the ranking is by frozen cosine similarity.
 
-    gain    (random - AURC) / (random - best), with AURC the mean error of the most certain share of the queries, over
-            all shares: 1 for the best order of the queries, 0 for a random one, negative where it is inverted
+    gain    of `fastprob.evaluation.selective`: 1 for the best order of the queries, 0 for a random one, negative where
+            it is inverted
     S       Spearman correlation of ten levels of uncertainty with their recall@1, as `evaluate` has it: -1 is right
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastprob.evaluation.calibration import uncertainty_levels
 from fastprob.evaluation.retrieval import match_rank
+from fastprob.evaluation.selective import Bootstrap, Ranked
 from fastprob.evaluation.statistics import spearman
 
 from .parts import Part
@@ -70,9 +71,8 @@ class Judge:
     @cached_property
     def draws(self) -> dict[str, Tensor]:
         """Direction -> [DRAWS, Q] how often a bootstrap draws each query; captions of one text come together."""
-        generator = torch.Generator().manual_seed(0)
-        of_text = _resample(len(self.test.distinct), generator)[:, self.test.which]
-        return {"text -> image": of_text, "image -> text": _resample(len(self.test.data.image), generator)}
+        queries = {"text -> image": self.test.which, "image -> text": len(self.test.data.image)}
+        return {direction: torch.cat(list(Bootstrap(group, DRAWS))) for direction, group in queries.items()}
 
     def baselines(self) -> dict[str, dict[str, list[Tensor]]]:
         """Scores that no adapter makes: name -> direction -> [Q] of every seed."""
@@ -99,47 +99,24 @@ def distance(part: Part) -> Tensor:
     return total / torch.bincount(part.which)
 
 
-def _resample(count: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(count, (DRAWS, count), generator=generator)
-    return torch.zeros(DRAWS, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-
-
 def _margin(similar: Tensor) -> Tensor:
     """Of the first cosine over the next lower one: equal captions count once."""
     first = similar.amax(1, keepdim=True)
     return (first - similar.masked_fill(similar > first - 1e-6, -1).amax(1, keepdim=True))[:, 0]
 
 
-def aurc(score: Tensor, wrong: Tensor, weight: Tensor) -> Tensor:
-    """Mean error of the most certain share of weighted queries, over all shares: [B].
-
-    score, wrong: [Q]; weight: [B, Q]. Queries of equal score stand in random order, of which this is the mean:
-    a group of weight w and error e, after weight W and error E, adds the integral of (E + x e/w) / (W + x) over 0..w.
-    """
-    group = score.unique(return_inverse=True)[1]
-    empty = torch.zeros(len(weight), int(group.max()) + 1, dtype=torch.float64)
-    mass = empty.index_add(1, group, weight)  # [B, G]
-    error = empty.index_add(1, group, weight * wrong)
-    before, error_before = mass.cumsum(1) - mass, error.cumsum(1) - error
-    rate = torch.where(mass > 0, error / mass.clamp(min=1e-9), 0)
-    grown = torch.where(before > 0, torch.log1p(mass / before.clamp(min=1e-9)), 0)
-    return (error + (error_before - rate * before) * grown).sum(1) / mass.sum(1)
-
-
-def gain(score: Tensor, wrong: Tensor, weight: Tensor | None = None) -> Tensor:
-    """How much of what the best order saves, a score saves: [B], of a bootstrap's weights [B, Q]."""
-    weight = torch.ones(1, len(score), dtype=torch.float64) if weight is None else weight
-    random = (weight * wrong).sum(1) / weight.sum(1)
-    return (random - aurc(score, wrong, weight)) / (random - aurc(wrong, wrong, weight))
-
-
 def gain_interval(scores: Sequence[Tensor], wrong: Tensor, draws: Tensor) -> tuple[float, float, float]:
     """Mean gain of a score's seeds, and the interval of 95 % over resampled queries and seeds."""
-    mean = torch.cat([gain(score, wrong) for score in scores]).mean()
-    by_seed = torch.stack([gain(score, wrong, draws) for score in scores])  # [seeds, DRAWS]
-    seeds = torch.randint(len(scores), by_seed.shape, generator=torch.Generator().manual_seed(0))
+    ranked = [Ranked(score, wrong) for score in scores]
+    mean = torch.cat([each.gain() for each in ranked]).mean()
+    return float(mean), *seeds_interval(torch.stack([each.gain(draws) for each in ranked]))
+
+
+def seeds_interval(by_seed: Tensor) -> tuple[float, float]:
+    """The interval of 95 % over resampled queries and seeds, of a measure at every seed and draw [seeds, DRAWS]."""
+    seeds = torch.randint(len(by_seed), by_seed.shape, generator=torch.Generator().manual_seed(0))
     low, high = by_seed.gather(0, seeds).mean(0).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(mean), low, high
+    return low, high
 
 
 def level_spearman(score: Tensor, wrong: Tensor) -> float:

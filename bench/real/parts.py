@@ -13,6 +13,7 @@ The parts of openclipart are heads, train, val and test; those of DigitScenes ar
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from fastprob.encoders import load_encoder
 
 from .fetch import DRAWINGS, PICTURES, cache_directory, fetch, work_directory
 from .openclipart import Caption, Picture, captions_of, find_pictures, split, truth
-from .towers import Rows, features, train_heads
+from .towers import Head, Rows, features, train_heads
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,40 @@ def encoded(cache: Path) -> tuple[list[Picture], Tensor, Tensor, list[Tensor]]:
     return found.pictures, image, text, [torch.tensor([row[each.text] for each in some]) for some in found.captions]
 
 
-def _make_openclipart(cache: Path, root: Path) -> None:
+@dataclass(frozen=True)
+class Encoded:
+    """Openclipart through its towers: features of all pictures and texts, whose these are, and the heads on them."""
+
+    pictures: list[Picture]
+    image: Tensor  # [N, 1280]
+    text: Tensor  # [U, 384]
+    own: list[Tensor]  # of each picture, the rows of its captions' texts
+    heads: tuple[Head, Head]  # of images and of texts
+
+    def rows(self, part: str) -> Rows:
+        """Features of a part's pictures and captions."""
+        return rows_of(self.image, self.text, self.own, split(len(self.pictures))[part])
+
+    def members(self, part: str) -> list[Picture]:
+        """The pictures of a part."""
+        return [self.pictures[i] for i in split(len(self.pictures))[part]]
+
+
+@functools.cache
+def encode_openclipart(cache: Path) -> Encoded:
+    """The features are kept in `cache`; the heads are trained anew, always alike."""
     pictures, image, text, own = encoded(cache)
-    parts = split(len(pictures))
-    image_head, text_head = train_heads(rows_of(image, text, own, parts["heads"]))
-    with torch.no_grad():
-        image, text = image_head(image), text_head(text)
+    return Encoded(pictures, image, text, own, train_heads(rows_of(image, text, own, split(len(own))["heads"])))
+
+
+@torch.no_grad()
+def _make_openclipart(cache: Path, root: Path) -> None:
+    every = encode_openclipart(cache)
+    image_head, text_head = every.heads
     for name in ("train", "val", "test"):
-        rows, members = rows_of(image, text, own, parts[name]), [pictures[i] for i in parts[name]]
-        _part(rows, members).save(root / name)
+        rows = every.rows(name)
+        unit = Rows(image_head(rows.image), text_head(rows.text), rows.caption_image)
+        _part(unit, every.members(name)).save(root / name)
 
 
 def rows_of(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:

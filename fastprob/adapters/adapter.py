@@ -33,7 +33,7 @@ _START_AT_ONE = {"relu": 1.0, "softplus": math.log(math.expm1(1))}
 half of the ReLUs start dead: the first NLL was 1.6e5 a dimension and every trained sample had infinite variances."""
 
 _FORMAT = "fastprob.ProbVLM/1"
-_CONFIG = ["dim", "dropout", "hidden", "positive"]
+_CONFIG, _OPTIONAL = ["dim", "dropout", "hidden", "positive"], ["power"]
 _RELEASED = {"img_BayesCap.": "image.", "txt_BayesCap.": "text."}
 
 Parameters = tuple[Tensor, Tensor, Tensor]
@@ -49,14 +49,23 @@ class GGDAdapter(nn.Module):
         positive: last activation of the 1/alpha and beta heads, "softplus" or "relu" (released). A ReLU
             can end at exactly 0, where only `EPS` is left: such a dimension has a practically infinite
             variance. The released weights need "relu".
+        power: the shape that all distributions have, 2 for Gaussians and 1 for Laplace distributions; None predicts it.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = DEFAULT_POSITIVE):
+    def __init__(
+        self,
+        dim: int = 512,
+        hidden: int = 256,
+        dropout: float = 0.1,
+        *,
+        positive: str = DEFAULT_POSITIVE,
+        power: float | None = None,
+    ):
         super().__init__()
-        check_adapter("GGDAdapter", dim, hidden, dropout, positive)
+        check_adapter("GGDAdapter", dim, hidden, dropout, positive, power)
         self.dim, self.hidden, self.dropout, self.positive = dim, hidden, dropout, positive
         self.mod = nn.Sequential(
             nn.Linear(dim, hidden),
@@ -68,7 +77,7 @@ class GGDAdapter(nn.Module):
         )
         self.block_mu = _head(dim)
         self.block_alpha = self._positive_head()
-        self.block_beta = self._positive_head()
+        self.block_beta = self._positive_head() if power is None else _Constant(power - EPS)
 
     def forward(self, x: Tensor) -> Parameters:
         """[..., D] -> (mu, 1/alpha, beta), each [..., D]."""
@@ -97,10 +106,20 @@ class GGDAdapter(nn.Module):
 class ProbVLM(nn.Module):
     """An adapter for image embeddings and one for text embeddings. Arguments as for `GGDAdapter`."""
 
-    def __init__(self, dim: int = 512, hidden: int = 256, dropout: float = 0.1, *, positive: str = DEFAULT_POSITIVE):
+    def __init__(
+        self,
+        dim: int = 512,
+        hidden: int = 256,
+        dropout: float = 0.1,
+        *,
+        positive: str = DEFAULT_POSITIVE,
+        power: float | None = None,
+    ):
         super().__init__()
-        check_adapter("ProbVLM", dim, hidden, dropout, positive)
+        check_adapter("ProbVLM", dim, hidden, dropout, positive, power)
         self.config = {"dim": dim, "hidden": hidden, "dropout": dropout, "positive": positive}
+        if power is not None:  # checkpoints without it are as they were before there was a choice
+            self.config["power"] = power
         self.image = GGDAdapter(**self.config)
         self.text = GGDAdapter(**self.config)
 
@@ -158,7 +177,18 @@ class ProbVLM(nn.Module):
         return model.eval()
 
 
-def check_adapter(name: str, dim: int, hidden: int, dropout: float, positive: str) -> None:
+class _Constant(nn.Module):
+    """A head that always predicts the same value."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(x, self.value)
+
+
+def check_adapter(name: str, dim: int, hidden: int, dropout: float, positive: str, power: float | None = None) -> None:
     """Raise ValueError, as `name`, unless the arguments describe an adapter."""
     for argument, value in (("dim", dim), ("hidden", hidden)):
         if not isinstance(value, int) or value < 1:
@@ -167,6 +197,8 @@ def check_adapter(name: str, dim: int, hidden: int, dropout: float, positive: st
         raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout!r}")
     if not isinstance(positive, str) or positive not in POSITIVE:
         raise ValueError(f"{name}: positive must be one of {sorted(POSITIVE)}, got {positive!r}")
+    if power is not None and (not isinstance(power, (int, float)) or not EPS < power < math.inf):
+        raise ValueError(f"{name}: power must be None or finite and > {EPS}, got {power!r}")
 
 
 def _read_config(where: str, text: str | None) -> dict:
@@ -177,7 +209,7 @@ def _read_config(where: str, text: str | None) -> dict:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} must have a config in JSON, got: {error}") from error
-    if not isinstance(config, dict) or set(config) != set(_CONFIG):
+    if not isinstance(config, dict) or set(config) - set(_OPTIONAL) != set(_CONFIG):
         raise ValueError(f"{where} must have a config of {_CONFIG}, got {config!r}")
     check_adapter(where, **config)
     return config

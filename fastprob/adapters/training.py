@@ -56,7 +56,7 @@ class TrainConfig:
     l1_weight=1.0, nll_weight=5e-2. None of them is calibrated by every rule of what a match is (docs/uncertainty.md).
     `cross` "delta" is the two cross terms of both, "exact" the likelihood that they approximate, for form "paper" alone
     (the other's residual is of no density); the head of this module has both formulas and what a weight is in each.
-    `hidden`, `dropout` and `positive` as in `GGDAdapter`.
+    `hidden`, `dropout`, `positive` and `power` as in `GGDAdapter`.
 
     Raises:
         ValueError: a value out of its range.
@@ -73,10 +73,11 @@ class TrainConfig:
     hidden: int = 256
     dropout: float = 0.1
     positive: str = DEFAULT_POSITIVE
+    power: float | None = None
     seed: int = 0
 
     def __post_init__(self):
-        check_adapter("TrainConfig", 1, self.hidden, self.dropout, self.positive)
+        check_adapter("TrainConfig", 1, self.hidden, self.dropout, self.positive, self.power)
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -228,7 +229,8 @@ class _Run(Run):
         encoder: dict | None,
     ):
         seed_all(config.seed, train.device)
-        model = ProbVLM(train.dim, config.hidden, config.dropout, positive=config.positive).to(train.device)
+        shape = {"positive": config.positive, "power": config.power}
+        model = ProbVLM(train.dim, config.hidden, config.dropout, **shape).to(train.device)
         steps = math.ceil(train.images / config.batch_size)
         super().__init__(
             format="fastprob.training/2",

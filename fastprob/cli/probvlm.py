@@ -125,6 +125,7 @@ FIT_HELP = {
     "hidden": "width of the adapter's hidden layers",
     "dropout": "probability of its dropout",
     "positive": "what ends its 1/alpha and beta heads: softplus or relu",
+    "power": "beta of all distributions: 2 for Gaussians, 1 for Laplace distributions (default: predicted)",
     "seed": "of weights, batches and dropout",
 }
 
