@@ -1,6 +1,6 @@
-# make demo | demo-prompts | real | real-study | test | test-newest | lint | fmt | docs | bench | emulate | emulate-some |
-# instructions | asan | wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in .venv, which
-# the first target makes.
+# make demo | demo-prompts | real | real-study | real-few-shot | test | test-newest | lint | fmt | docs | bench | emulate |
+# emulate-some | instructions | asan | wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All but gpu run in
+# .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -10,8 +10,8 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts real real-study test test-newest lint fmt docs bench emulate emulate-some emulated \
-	instructions asan wheel clean gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
+.PHONY: demo demo-prompts real real-study real-few-shot test test-newest lint fmt docs bench emulate emulate-some \
+	emulated instructions asan wheel clean gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fastprob demo --out demo-out
@@ -20,8 +20,8 @@ demo-prompts: $(INSTALLED)
 	$(VENV)/bin/fastprob demo prompts --out demo-out/prompts
 
 # Real pictures: towers over openclipart once (cached), an adapter by the ordinary commands, then adapters by cross weight
-# and loss and their report. real is a seed of every setting, real-study all seeds, what decides the sign, and all rivals
-# of ProbVLM's uncertainty. The first time it needs a network.
+# and loss and their report. real is a seed of every setting, real-study all seeds, what decides the sign, all rivals of
+# ProbVLM's uncertainty, and whether it chooses captions, pictures and models. The first time it needs a network.
 REAL_OUT ?= real-out
 REAL := $(PYTHON) -m bench.real
 
@@ -32,7 +32,9 @@ real: $(VENV)/.installed-real
 		--captions $$parts/$$part/captions.txt --encoder-name openclipart-heads --out $(REAL_OUT)/$$part || exit; done
 	$(VENV)/bin/fastprob fit --store $(REAL_OUT)/train --val-store $(REAL_OUT)/val --out $(REAL_OUT)/adapter \
 		$$(if [ -e $(REAL_OUT)/adapter/last.pt ]; then echo --resume; fi)
-	$(VENV)/bin/fastprob eval --store $(REAL_OUT)/test --checkpoint $(REAL_OUT)/adapter --out $(REAL_OUT)/eval
+	$(VENV)/bin/fastprob calibrate --store $(REAL_OUT)/val --checkpoint $(REAL_OUT)/adapter --overwrite
+	$(VENV)/bin/fastprob eval --store $(REAL_OUT)/test --checkpoint $(REAL_OUT)/adapter --out $(REAL_OUT)/eval \
+		--truth $$($(REAL).parts | tail -1)/test/truth.npy
 	$(REAL).study --first 12
 	$(REAL).report --out $(REAL_OUT)
 
@@ -40,6 +42,13 @@ real-study: $(VENV)/.installed-real
 	$(REAL).study
 	$(REAL).report --out bench/results/real
 	$(REAL).uncertainty --out bench/results/real
+	$(REAL).selection --out bench/results/real
+
+# A small CLIP of these pictures and of emoji, once (cached), then prompts on emoji, CIFAR-10 and QuickDraw by every method.
+real-few-shot: $(VENV)/.installed-real
+	$(REAL).fetch --few-shot
+	$(REAL).clip
+	$(REAL).few_shot
 
 $(VENV)/.installed-real: $(INSTALLED)
 	$(PYTHON) -m pip install -q -c constraints.txt transformers

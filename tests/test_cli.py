@@ -116,7 +116,7 @@ def test_a_report_explains_its_figures_and_warns_of_inverted_ones():
 
     def told(image_to_text, text_to_image, match="image"):
         evaluation = Evaluation(calibration(image_to_text), calibration(text_to_image))
-        return Report({}, match, 0, 0, 0.0, evaluation, torch.zeros(2), torch.zeros(4), None).table()
+        return Report({}, match, 0, 0, 0.0, evaluation, {}, torch.zeros(2), torch.zeros(4), None).table()
 
     assert "WARNING" not in told(-0.9, 0.5) and "WARNING" not in told(math.nan, -1.0)
     right = told(-0.9, 0.73)
@@ -144,10 +144,11 @@ def test_report_says_what_the_library_says(capsys, tmp_path, stores, run):
         assert report[direction]["recall_at"]["5"] == recall
         assert len(report[direction]["recall"]) == 10
     assert report["match"] == "image" and report["source"]["dataset"] == SCENES["val"]
-    uncertainty = {
-        "image_to_text": predict(adapter.image, store.image, passes=20).total.mean(1),
-        "text_to_image": predict(adapter.text, store.text, passes=20).total.mean(1),
+    of_rows = {
+        "image_to_text": predict(adapter.image, store.image, passes=20),
+        "text_to_image": predict(adapter.text, store.text, passes=20),
     }
+    uncertainty = {name: of.aleatoric.mean(1) + of.epistemic.mean(1) for name, of in of_rows.items()}
     for direction, of_queries in uncertainty.items():
         level = uncertainty_levels(of_queries, 10)
         expected = [float(of_queries[level == k].double().mean()) for k in range(10)]
@@ -170,7 +171,7 @@ def test_figures(tmp_path, stores, run, monkeypatch, capsys):
     succeed(*arguments, "--out", tmp_path / "without")
     assert sorted(os.listdir(tmp_path / "without")) == ["report.html", "report.json"]
     with_figures, without = ((tmp_path / name / "report.html").read_text() for name in ("with", "without"))
-    assert with_figures.count("<figure>") == 2 and "<figure>" not in without
+    assert with_figures.count("<figure>") == 3 and "<figure>" not in without
     assert "no figures: figures need matplotlib: pip install" in capsys.readouterr().err
 
 
@@ -183,7 +184,7 @@ def test_pages_show_the_pictures_of_the_data(tmp_path, stores, run, capsys):
         assert capsys.readouterr().out.endswith(f"{tmp_path / 'with' / page}\n")
         succeed(command, *adapter, "--out", tmp_path / "without")
         with_pictures, without = ((tmp_path / name / page).read_text() for name in ("with", "without"))
-        assert with_pictures.count("data:image/png;base64,") == (2 if command == "eval" else 0) + 4 + 4 + 4 * 3
+        assert with_pictures.count("data:image/png;base64,") == (3 if command == "eval" else 0) + 4 + 4 + 4 * 3
         assert with_pictures.count("<article>") == without.count("<article>") == 8
         assert "--data" in without and "--data" not in with_pictures and f"<dd>{run}</dd>" in without
         assert with_pictures.count('class="right"') + with_pictures.count('class="wrong"') == 24 * (command == "eval")
@@ -209,7 +210,7 @@ def test_page_mistakes(tmp_path, stores, run, capsys):
 
 def test_undefined_correlation_is_null_in_json(tmp_path):
     constant = Calibration([0.1, 0.2], [0.5, 0.5], [2, 2], spearman=math.nan, r2=math.nan, recall_at={1: 0.5})
-    report = Report({}, "image", 0, 0, 0.0, Evaluation(constant, constant), torch.zeros(4), torch.zeros(4), None)
+    report = Report({}, "image", 0, 0, 0.0, Evaluation(constant, constant), {}, torch.zeros(4), torch.zeros(4), None)
     report.save(tmp_path)
     written = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert written["image_to_text"]["spearman"] is None and written["text_to_image"]["score"] is None
@@ -263,7 +264,7 @@ def test_help_and_mistyped_options_wait_for_nothing():
     output, code, modules = imported_by("--help")
     assert (code, modules) == (0, [])
     for command in {name.split()[0] for name in cli.COMMANDS}:
-        assert f"\n    {command} " in output
+        assert f"\n    {command}" in output
     for argv, message in (
         (["eval", "--help"], "--checkpoint"),
         (["embed", "--modle", "tiny"], "the following arguments are required: --out"),

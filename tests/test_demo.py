@@ -26,10 +26,12 @@ def test_probvlm_demo(tmp_path, monkeypatch, capsys):
     for file in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<figure>") == 3 and page.count("<article>") == 32 and page.count("<img") > 3 + 16
+    assert page.count("<figure>") == 4 and page.count("<article>") == 32 and page.count("<img") > 3 + 16
     report = json.loads((tmp_path / "report.json").read_text())
     assert f"{report['ambiguity_spearman']:+.2f}." in text
     assert f"S = {report['text_to_image']['spearman']:+.2f}" in text
+    judged = report["comparisons"]["text -> image, own"]["scores"]["p(wrong)"]["aurc"]
+    assert f"- text -> image, own: {judged['value']:.3f} [{judged['low']:.3f}, {judged['high']:.3f}]; 1 - max" in text
     history = json.loads((tmp_path / "adapter" / "history.json").read_text())
     assert len(history["val_nll"]) == 2 and f"{history['nll_after']:.3f} after" in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| relu")]

@@ -82,6 +82,7 @@ def files(tmp_path_factory):
     store = embed(scenes, load_encoder("tiny"), tmp_path_factory.mktemp("store"), progress=False)
     for name, array in (("image", store.image), ("text", store.text), ("pairs", store.caption_image)):
         np.save(directory / f"{name}.npy", array.numpy())
+        np.save(directory / f"val_{name}.npy", array.numpy())
     (directory / "images").mkdir()
     rows = ["image,caption"]
     for number, (picture, captions) in enumerate(scenes):

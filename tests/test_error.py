@@ -1,6 +1,8 @@
 """The probability of a wrong first match: its formula, its calibration at several sizes of gallery, its file."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -84,7 +86,9 @@ def test_truth_decides_what_is_wrong():
     def truth(some):
         return some.caption_image[:, None] // 20 == torch.arange(len(some.image)) // 20
 
-    own, true = fit_error(data)(new), fit_error(data, truth=truth(data))(new)
+    own, true = fit_error(data)(new), fit_error(data, match=truth(data).T)(new)
+    ids = torch.arange(200) // 20
+    assert fit_error(data, match=(ids, ids[data.caption_image]))(new)["text"].equal(true["text"])
     for side in SIDES:
         expected = wrong_of(new, truth(new))[side].double().mean()
         assert (
@@ -129,11 +133,61 @@ def test_an_adapter_adds_the_variances_of_the_query_and_of_its_match():
     assert model(data, adapter=adapter)["text"].shape == (200,)
 
 
+VARIANCES = """
+import pathlib, sys, torch
+from fastprob.adapters import PairedEmbeddings, ProbVLM
+from fastprob.adapters import error
+error.ROWS = 64
+peak = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # KiB
+adapter, rows = ProbVLM(256, hidden=4), torch.randn(40000, 256)
+data = PairedEmbeddings(rows[:64], rows, torch.arange(40000) % 64)
+error.variances(adapter, PairedEmbeddings(rows[:64], rows[:64], torch.arange(64)), 0)
+before = peak()
+error.variances(adapter, data, 0)
+print(peak() - before)
+"""
+
+
+def test_variances_are_held_a_block_at_a_time():
+    """Less than one of the four [M, D] tensors that a prediction of all rows has."""
+    run = subprocess.run([sys.executable, "-c", VARIANCES], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 40000 * 256 * 4 / 1024
+
+
+def test_an_adapter_is_known_by_its_weights():
+    torch.manual_seed(0)
+    data, adapter, other = pairs(100, 0), ProbVLM(8, hidden=6), ProbVLM(8, hidden=6)
+    model = fit_error(data, adapter=adapter, passes=0)
+    with pytest.raises(ValueError, match="must be the one that it was fitted with, got another"):
+        model(data, adapter=other)
+    other.load_state_dict(adapter.state_dict())
+    assert model(data, adapter=other)["text"].equal(model(data, adapter=adapter)["text"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_one_query_is_as_among_all(fitted, side):
+    """A row of the store is not held against itself; the texts of the same words are one."""
+    data, captions = pairs(60, 3), [f"text {i}" for i in range(120)]
+    every = fitted(data, captions=captions)[side]
+    for row in (0, 7, 59):
+        got = fitted.of_query(getattr(data, side)[row], side, data, captions=captions)
+        assert got == pytest.approx(float(every[row]), abs=1e-4)
+
+
+def test_a_query_is_held_against_some_of_many(fitted, monkeypatch):
+    data = pairs(60, 3)
+    every = fitted(data)["text"]
+    monkeypatch.setattr("fastprob.adapters.error._OTHERS", 40)
+    few = torch.tensor([fitted.of_query(data.text[row], "text", data) for row in range(0, 120, 5)])
+    assert not torch.allclose(few.double(), every[::5], atol=1e-3) and (few - every[::5]).abs().mean() < 0.15
+
+
 def test_saved_and_loaded(fitted, tmp_path):
     fitted.save(tmp_path / FILE)
     fitted.save(tmp_path / "again")
     assert (tmp_path / FILE).read_bytes() == (tmp_path / "again").read_bytes()
     loaded, data = beside(tmp_path / "best.safetensors"), pairs(20, 2)
+    assert beside(tmp_path).rule == loaded.rule == "own"
     assert all(loaded(data)[side].equal(fitted(data)[side]) for side in SIDES)
     assert beside(tmp_path / "elsewhere" / "best.safetensors") is None
     ProbVLM(8, hidden=4).save(tmp_path / "adapter")
@@ -146,8 +200,8 @@ def test_what_can_not_be_fitted_is_named(fitted):
     exact = PairedEmbeddings(data.image, data.image[data.caption_image], data.caption_image)
     with pytest.raises(ValueError, match="wrong queries must be of 5 groups or more, got"):
         fit_error(exact)
-    with pytest.raises(ValueError, match=r"truth must be bool \[24, 12\], got torch.float32"):
-        fit_error(data, truth=torch.ones(24, 12))
+    with pytest.raises(ValueError, match=r"match must be bool \[12, 24\], got torch.float32"):
+        fit_error(data, match=torch.ones(12, 24))
     with pytest.raises(ValueError, match="a must be finite, 1 values are not"):
         fit_error_model({"a": torch.tensor([0.0, math.nan])}, torch.tensor([True, False]), torch.arange(2))
     with pytest.raises(ValueError, match="signals must have"):

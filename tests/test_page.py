@@ -65,8 +65,9 @@ def pages(tmp_path_factory, store, model):
     return out
 
 
+ASKED = "Which score tells wrong from right?"
 SECTIONS = {
-    "report.html": ["What was evaluated", "What it says", "Figures", "Levels of uncertainty", "Texts", "Images"],
+    "report.html": ["What was evaluated", "What it says", "Figures", ASKED, "Levels of uncertainty", "Texts", "Images"],
     "index.html": ["What was predicted", "Texts", "Images"],
 }
 
@@ -246,7 +247,7 @@ def test_html(pages, name):
     targets = {attributes["href"].removeprefix("#") for attributes in outline.all("a")}
     assert targets == {attributes["id"] for attributes in outline.all("section")}
     assert all({"scope"} == attributes.keys() for attributes in outline.all("th"))
-    assert len(outline.all("table")) == len(outline.all("caption")) == (2 if name == "report.html" else 0)
+    assert len(outline.all("table")) == len(outline.all("caption")) == (4 if name == "report.html" else 0)
     text = "".join(outline.text)
     for said in (NASTY, IDS[2], "<b>none</b>", 'run/"best"', "x" * 290 + "…"):
         assert said in text
@@ -309,7 +310,7 @@ def test_in_a_browser(tab, pages, name):
     headings = tab.evaluate("[...document.querySelectorAll('section > h2')].map(each => each.textContent)")
     assert headings == SECTIONS[name]
     sizes = tab.evaluate("Promise.all([...document.images].map(each => each.decode().then(() => each.naturalWidth)))")
-    count = 20 + 33 + 33 * 3 + (1 if name == "report.html" else 0)  # the images, the texts' own and matches, the figure
+    count = 20 + 33 + 33 * 3 + (2 if name == "report.html" else 0)  # the images, the texts' own and matches, figures
     assert len(sizes) == count and min(sizes) > 0
     text = tab.evaluate("document.body.textContent")
     assert NASTY in text and IDS[2] in text

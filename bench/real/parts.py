@@ -127,6 +127,14 @@ def gather(cache: Path) -> Gathered:
     return Gathered(pictures, captions, sorted({caption.text for each in captions for caption in each}))
 
 
+def encoded(cache: Path) -> tuple[list[Picture], Tensor, Tensor, list[Tensor]]:
+    """All pictures, their features, those of all texts, and the rows of these that are each picture's."""
+    found = gather(cache)
+    image, text = features(found.pictures, found.texts, cache)
+    row = {text: i for i, text in enumerate(found.texts)}
+    return found.pictures, image, text, [torch.tensor([row[each.text] for each in some]) for some in found.captions]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Openclipart through its towers: features of all pictures and texts, whose these are, and the heads on them."""
@@ -139,7 +147,7 @@ class Encoded:
 
     def rows(self, part: str) -> Rows:
         """Features of a part's pictures and captions."""
-        return _rows(self.image, self.text, self.own, split(len(self.pictures))[part])
+        return rows_of(self.image, self.text, self.own, split(len(self.pictures))[part])
 
     def members(self, part: str) -> list[Picture]:
         """The pictures of a part."""
@@ -149,25 +157,21 @@ class Encoded:
 @functools.cache
 def encode_openclipart(cache: Path) -> Encoded:
     """The features are kept in `cache`; the heads are trained anew, always alike."""
-    found = gather(cache)
-    image, text = features(found.pictures, found.texts, cache)
-    row = {text: i for i, text in enumerate(found.texts)}
-    own = [torch.tensor([row[caption.text] for caption in each]) for each in found.captions]
-    heads = train_heads(_rows(image, text, own, split(len(own))["heads"]))
-    return Encoded(found.pictures, image, text, own, heads)
+    pictures, image, text, own = encoded(cache)
+    return Encoded(pictures, image, text, own, train_heads(rows_of(image, text, own, split(len(own))["heads"])))
 
 
 @torch.no_grad()
 def _make_openclipart(cache: Path, root: Path) -> None:
-    encoded = encode_openclipart(cache)
-    image_head, text_head = encoded.heads
+    every = encode_openclipart(cache)
+    image_head, text_head = every.heads
     for name in ("train", "val", "test"):
-        rows = encoded.rows(name)
+        rows = every.rows(name)
         unit = Rows(image_head(rows.image), text_head(rows.text), rows.caption_image)
-        _part(unit, encoded.members(name)).save(root / name)
+        _part(unit, every.members(name)).save(root / name)
 
 
-def _rows(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
+def rows_of(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
     """The rows of these pictures and of their captions; own: rows of `text` of each picture's captions."""
     counts = torch.tensor([len(own[i]) for i in members])
     caption_image = torch.arange(len(members)).repeat_interleave(counts)

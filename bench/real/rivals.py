@@ -136,8 +136,8 @@ def _error(parts: dict[str, Part], seed: int, adapter: ProbVLM | None = None) ->
     val, test = parts["val"], parts["test"]
     name = "p(wrong)" if adapter is None else "p(wrong) with it"
     scores = {}
-    for rule, truth in (("own", None), ("true", val.truth)):
-        model = fit_error(val.data, captions=val.captions, adapter=adapter, truth=truth, seed=seed)
+    for rule, match in (("own", None), ("true", val.truth.T)):
+        model = fit_error(val.data, captions=val.captions, adapter=adapter, match=match, seed=seed)
         scores[f"{name}, {rule}"] = model(test.data, captions=test.captions, adapter=adapter)
     return _named(scores)
 

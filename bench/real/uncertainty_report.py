@@ -48,17 +48,17 @@ def _verdict(results: dict) -> str:
     every = list(_answers(results))
     ahead = [which for which, of in every if _best(of, PROBVLM, 2) < 0]
     behind = [which for which, of in every if _best(of, PROBVLM, 1) > 0]
-    beside = [min(of[f"{method}: {OURS} with it"][LESS][0] for method in PROBVLM) for _, of in every]
+    beside = [min(one[LESS][0] for name, one in of.items() if name.endswith(f": {OURS} with it")) for _, of in every]
     closer = [which for which, of in every if _aurc(of, PROBVLM) < of[DISTANCE]["AURC"][0]]
     count = len(every)
     sentences = [
         f"On {len(behind)} of the {count} questions every variance that a ProbVLM adapter predicts tells wrong first "
-        f"matches from right ones worse than p(wrong), which needs no adapter but known matches of a validation part; on "
-        f"{len(ahead)} one of them does better (intervals of the difference without 0).",
-        f"The best of these nine variances, chosen afterwards, has a smaller AURC than 1 - max cosine on {len(closer)} of "
-        f"{count}{': ' if closer else ''}{'; '.join(closer)}.",
-        f"With an adapter's variances beside the similarities, the best adapter chosen afterwards, the AURC of p(wrong) "
-        f"changes by {min(beside):+.3f} to {max(beside):+.3f}.",
+        f"matches from right ones worse than p(wrong), which needs no adapter but known matches of a validation part; "
+        f"on {len(ahead)} one of them does better (intervals of the difference without 0).",
+        f"The best of these nine variances, chosen afterwards, has a smaller AURC than 1 - max cosine on {len(closer)} "
+        f"of {count}{': ' if closer else ''}{'; '.join(closer)}.",
+        f"With an adapter's variances beside the similarities, the best adapter chosen afterwards, the AURC of "
+        f"p(wrong) changes by {min(beside):+.3f} to {max(beside):+.3f}.",
         *(_finder(dataset, of["noisy pairs"]["average precision"]) for dataset, of in results["data"].items()),
     ]
     return " ".join(sentences)

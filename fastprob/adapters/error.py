@@ -15,7 +15,9 @@ that many images ask for is less likely to be one image's.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,22 +25,32 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastprob._files import read_tensors, write_tensors
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
-from fastprob.adapters.uncertainty import predict
+from fastprob.adapters.uncertainty import ROWS, predict
 from fastprob.data.pairs import Paired, PairedEmbeddings, check_paired
 from fastprob.evaluation.error import ErrorModel, fit_error_model
-from fastprob.evaluation.retrieval import find_matches
+from fastprob.evaluation.retrieval import Match, find_matches
 from fastprob.evaluation.selective import same
 from fastprob.evaluation.signals import Signals, fit_temperature, signals
 
 FILE = "error.safetensors"  # beside an adapter's checkpoint
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)  # of the images, for galleries of several sizes
 SIDES = ("image", "text")
+_OTHER = dict(zip(SIDES, SIDES[::-1]))
 _VERSION = 1
-_ROWS = 16384  # of [D] predictions held at a time: 130 MB in four tensors at D = 512
+_OTHERS = 4096  # queries that a single one is held against
+_SAME = 1e-6  # rows that differ by less are the same query
 _LEAST = 1e-30  # of a variance, before its logarithm; its inverse is the greatest
+
+
+@dataclass(frozen=True)
+class _Rows:
+    image: Tensor
+    text: Tensor
+
 
 Variances = Mapping[str, Mapping[str, Tensor]]
 """Side -> "aleatoric" and "epistemic" -> mean over D, [N] or [M]."""
@@ -53,6 +65,10 @@ class ErrorModels:
     temperature: float
     passes: int | None
     """Dropout passes of the adapter's variances; None where it was fitted without an adapter."""
+    adapter: str | None = None
+    """`digest` of the adapter that it was fitted with."""
+    rule: str = "own"
+    """What a match was: "own", an item's own; else a name for the `match` that was given."""
 
     def __call__(
         self, data: Paired, *, captions: Sequence[str] | None = None, adapter: ProbVLM | None = None, seed: int = 0
@@ -67,15 +83,47 @@ class ErrorModels:
         Raises:
             ValueError: without the adapter that it was fitted with.
         """
-        if self.passes is not None and adapter is None:
-            raise ValueError("ErrorModels: adapter must be the one that it was fitted with, got None")
-        known = None if self.passes is None else variances(adapter, data, self.passes, seed)
-        found = store_signals(data, self.temperature, captions, known)
+        found = store_signals(data, self.temperature, captions, self._variances(data, adapter, seed))
         return {side: getattr(self, side)(found[side].values) for side in SIDES}
+
+    def of_query(
+        self,
+        query: Tensor,
+        side: str,
+        data: Paired,
+        *,
+        captions: Sequence[str] | None = None,
+        adapter: ProbVLM | None = None,
+        seed: int = 0,
+    ) -> float:
+        """p(wrong) of one query [D], an image or a text by `side`, that looks for its match in `data`.
+
+        The other queries are the rows of its side, those like it apart, or 4,096 of them at even distances.
+        """
+        rows = getattr(data, side)
+        which = torch.arange(0, len(rows), math.ceil(len(rows) / _OTHERS))
+        others = rows[which]
+        kept = which[(others - query).abs().amax(1) > _SAME]
+        asked = torch.cat([rows[kept], query[None].to(rows)])
+        texts = None
+        if captions is not None:
+            texts = captions if side == "image" else [*(captions[i] for i in kept.tolist()), object()]
+        some = _Rows(**{side: asked, _OTHER[side]: getattr(data, _OTHER[side])})
+        found = store_signals(some, self.temperature, texts, self._variances(some, adapter, seed))
+        return float(getattr(self, side)(found[side].rows(torch.tensor([len(kept)])).values))
+
+    def _variances(self, data: Paired, adapter: ProbVLM | None, seed: int) -> Variances | None:
+        if self.passes is None:
+            return None
+        if adapter is None or digest(adapter) != self.adapter:
+            got = "None" if adapter is None else "another"
+            raise ValueError(f"ErrorModels: adapter must be the one that it was fitted with, got {got}")
+        return variances(adapter, data, self.passes, seed)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; equal models are equal bytes."""
         tensors, about = {}, {"version": _VERSION, "temperature": self.temperature, "passes": self.passes}
+        about |= {"adapter": self.adapter, "rule": self.rule}
         for side in SIDES:
             model = getattr(self, side)
             about[side] = {"names": model.names, "bias": model.bias}
@@ -91,7 +139,8 @@ class ErrorModels:
             if about["version"] != _VERSION:
                 raise ValueError(f"version {_VERSION} was expected, got {about['version']}")
             models = {side: _model(tensors, side, **about[side]) for side in SIDES}
-            return cls(**models, temperature=float(about["temperature"]), passes=about["passes"])
+            known = {name: about[name] for name in ("temperature", "passes", "adapter", "rule")}
+            return cls(**models, **known)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"ErrorModels.load: {path} must be what `save` writes: {error!r}") from error
 
@@ -108,7 +157,8 @@ def fit_error(
     *,
     captions: Sequence[str] | None = None,
     adapter: ProbVLM | None = None,
-    truth: Tensor | None = None,
+    match: Match | None = None,
+    rule: str = "own",
     passes: int = 20,
     seed: int = 0,
 ) -> ErrorModels:
@@ -118,8 +168,8 @@ def fit_error(
         data: the pairs.
         captions: what the texts are, M of them, so that equal ones count once (default: all are different).
         adapter: whose variances are signals too (default: none, the similarities alone).
-        truth: which texts are true of which images, bool [M, N]; the first match is right where it is one of these
-            (default: where it is the query's own).
+        match: ground truth, bool [N, M] or (image ids [N], text ids [M]), such as classes (default: a text matches the
+            image that it was written for); rule: its name, which says by what a probability is to be judged.
         passes: dropout passes of the adapter's variances; seed: of these, and of the parts.
 
     Raises:
@@ -127,9 +177,7 @@ def fit_error(
         ImportError: without scikit-learn.
     """
     check_paired("fit_error", data)
-    if truth is not None and (truth.shape != (len(data.text), len(data.image)) or truth.dtype != torch.bool):
-        expected = f"bool [{len(data.text)}, {len(data.image)}]"
-        raise ValueError(f"fit_error: truth must be {expected}, got {truth.dtype} {tuple(truth.shape)}")
+    match = (torch.arange(len(data.image)), data.caption_image) if match is None else match
     temperature = fit_temperature(data)
     known = None if adapter is None else variances(adapter, data, passes, seed)
     group = {"image": torch.arange(len(data.image)), "text": _which(data, captions)}
@@ -139,11 +187,13 @@ def fit_error(
         some, names = _some(data, images, texts), None if captions is None else [captions[i] for i in texts.tolist()]
         which = {"image": images, "text": texts}
         found = store_signals(some, temperature, names, _rows(known, which))
-        match = (torch.arange(len(images)), some.caption_image) if truth is None else truth[texts][:, images].T
-        for side, place in zip(SIDES, find_matches(some.image, some.text, match)):
+        for side, place in zip(SIDES, find_matches(some.image, some.text, _match_of(match, images, texts))):
             rows[side].append((found[side].values, place.rank > 0, group[side][which[side]]))
     models = {side: fit_error_model(*_joined(parts)) for side, parts in rows.items()}
-    return ErrorModels(**models, temperature=temperature, passes=None if adapter is None else passes)
+    fitted = {} if adapter is None else {"adapter": digest(adapter)}
+    return ErrorModels(
+        **models, temperature=temperature, passes=None if adapter is None else passes, rule=rule, **fitted
+    )
 
 
 def _part(data: Paired, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -157,6 +207,10 @@ def _part(data: Paired, share: float, seed: int) -> tuple[Tensor, Tensor]:
 def _some(data: Paired, images: Tensor, texts: Tensor) -> PairedEmbeddings:
     place = torch.zeros(len(data.image), dtype=torch.int64).index_copy_(0, images, torch.arange(len(images)))
     return PairedEmbeddings(data.image[images], data.text[texts], place[data.caption_image[texts]])
+
+
+def _match_of(match: Match, images: Tensor, texts: Tensor) -> Match:
+    return (match[0][images], match[1][texts]) if isinstance(match, tuple) else match[images][:, texts]
 
 
 def _rows(known: Variances | None, which: Mapping[str, Tensor]) -> Variances | None:
@@ -181,7 +235,7 @@ def store_signals(
     distinct.scatter_reduce_(0, which, torch.arange(len(which)), "amin", include_self=False)  # [U] the first of each
     image, text = signals(data.image, data.text[distinct] if len(distinct) < len(which) else data.text, temperature)
     found = {"image": Signals(image.values, distinct[image.items]), "text": text.rows(which)}
-    for side, other in zip(SIDES, SIDES[::-1]):
+    for side, other in _OTHER.items():
         for kind in known[side] if known else ():
             first = found[side].items[:, 0]
             found[side].values[kind] = _log(known[side][kind])
@@ -204,12 +258,29 @@ def variances(adapter: ProbVLM, data: Paired, passes: int, seed: int = 0) -> dic
 
 
 def _variances(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> dict[str, Tensor]:
-    blocks = [predict(adapter, block, passes=passes, seed=seed) for block in rows.split(_ROWS)]
     kinds = ("aleatoric", "epistemic") if passes else ("aleatoric",)
-    return {kind: torch.cat([getattr(block, kind).mean(1).cpu() for block in blocks]) for kind in kinds}
+    found = {kind: torch.empty(len(rows)) for kind in kinds}
+    blocks = torch.arange(len(rows)).split(ROWS)
+    for some in tqdm(blocks, "variances", unit="block", delay=5, leave=False):
+        predicted = predict(adapter, rows[some], passes=passes, seed=seed)
+        for kind, values in found.items():
+            values[some] = getattr(predicted, kind).mean(1).cpu()
+    return found
 
 
-def beside(checkpoint: Path) -> ErrorModels | None:
-    """The models beside an adapter's checkpoint, if there are."""
-    file = checkpoint.parent / FILE
+def digest(adapter: ProbVLM) -> str:
+    """SHA-256 of an adapter's weights."""
+    state = adapter.state_dict()
+    return hashlib.sha256(b"".join(state[name].cpu().numpy().tobytes() for name in sorted(state))).hexdigest()
+
+
+def file_beside(checkpoint: str | os.PathLike) -> Path:
+    """Where the models of an adapter are kept, by its file or its run's directory."""
+    path = Path(checkpoint)
+    return (path if path.is_dir() else path.parent) / FILE
+
+
+def beside(checkpoint: str | os.PathLike) -> ErrorModels | None:
+    """The models beside an adapter's file, or in its run's directory, if there are."""
+    file = file_beside(checkpoint)
     return ErrorModels.load(file) if file.exists() else None

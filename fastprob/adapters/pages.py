@@ -13,6 +13,7 @@ from torch import Tensor
 from fastprob.adapters.report import Report
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import EXPLANATION, Calibration
+from fastprob.evaluation.comparison import EXPLANATION as ABOUT_SCORES
 from fastprob.evaluation.examples import Pictures, examples
 from fastprob.evaluation.page import Section, Table, write_page
 
@@ -22,6 +23,10 @@ SHOWN = 8
 _PREDICTED = """\
 An uncertainty is a variance, the mean over the dimensions of the embedding. Level 1 has the most certain, every level \
 as many. Whether uncertain ones are harder to retrieve with, fastprob eval measures: it may be the other way round."""
+
+_PROBABLE = """\
+An uncertainty is here the probability that the first match is wrong, as fastprob calibrate fitted it. Level 1 has the \
+most certain, every level as many."""
 
 _STRICTER = """\
 A caption of several images is right here for each of them. Recall@1 is stricter: each of the equal captions is of one \
@@ -60,6 +65,7 @@ def write_report_page(
         Section("What was evaluated", facts=facts),
         _what_it_says(report),
         *([Section("Figures", figures=figures)] if figures else []),
+        Section("Which score tells wrong from right?", [ABOUT_SCORES], tables=_comparisons(report)),
         Section("Levels of uncertainty", tables=[_table(*direction) for direction in directions]),
         *examples(store, uncertainty, **options),
     ]
@@ -77,14 +83,20 @@ def write_predictions_page(
     shown: int = SHOWN,
     pictures: Pictures | None = None,
     checkpoint: str | os.PathLike | None = None,
+    is_probability: bool = False,
 ) -> Path:
     """Write the uncertainties of a store's images and texts as one HTML file; return its path.
 
-    uncertainty: total, mean over D, of each "image" [N] and of each "text" [M].
+    uncertainty: total, mean over D, of each "image" [N] and of each "text" [M]; or the probabilities that their first
+        matches are wrong, where `is_probability`.
     passes, seed, levels: as `write_predictions` had them; the others as in `write_report_page`.
     """
     sections = [
-        Section("What was predicted", [_PREDICTED], facts=_facts(store, passes, seed, checkpoint)),
+        Section(
+            "What was predicted",
+            [_PROBABLE if is_probability else _PREDICTED],
+            facts=_facts(store, passes, seed, checkpoint),
+        ),
         *examples(store, uncertainty, levels=levels, shown=shown, pictures=pictures),
     ]
     return write_page(path, f"Uncertainty of {store.metadata['source']['dataset']}", sections)
@@ -139,6 +151,18 @@ def _table(name: str, found: Calibration) -> Table:
     values |= {"S": found.spearman, "R2": found.r2, "-S*R2": found.score}
     facts = [(name, f"{value:.3f}") for name, value in values.items()]
     return Table(_arrow(name), ("level", "uncertainty", "recall@1", "queries"), rows, facts)
+
+
+def _comparisons(report: Report) -> list[Table]:
+    tables = []
+    for question, comparison in report.comparisons.items():
+        rows = [
+            (name, str(one.aurc), str(one.auroc), "" if one.ece is None else f"{one.ece:.3f}")
+            for name, one in sorted(comparison.scores.items(), key=lambda item: item[1].aurc.value)
+        ]
+        facts = [("first match wrong", f"{comparison.error:.3f}")]
+        tables.append(Table(_arrow(question), ("score", "AURC [95 %]", "AUROC [95 %]", "ECE"), rows, facts))
+    return tables
 
 
 def _arrow(name: str) -> str:

@@ -20,16 +20,15 @@ from tqdm import tqdm
 import fastprob
 from fastprob._files import replaced
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.error import ErrorModels
 from fastprob.adapters.pages import SHOWN, check_shown, write_predictions_page
-from fastprob.adapters.uncertainty import predict
+from fastprob.adapters.uncertainty import ROWS, predict
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import uncertainty_levels
 from fastprob.evaluation.examples import Pictures
 
 FORMATS = ("csv", "parquet", "npy")
 SIDES = ("image", "text")
-_ROWS = 16384
-"""Rows of [D] predictions held at a time: 130 MB in four tensors at D = 512."""
 
 
 def write_predictions(
@@ -46,10 +45,11 @@ def write_predictions(
     shown: int = SHOWN,
     pictures: Pictures | None = None,
     checkpoint: str | os.PathLike | None = None,
+    error: ErrorModels | None = None,
 ) -> list[Path]:
     """Write the predictions of every image and text of a store into `directory`; return the files.
 
-    images.csv   id (row, where the store has none), aleatoric, epistemic, total, level
+    images.csv   id (row, where the store has none), aleatoric, epistemic, total, level, and with `error` p_wrong
     texts.csv    image (its id), caption, and the same
     image_mean.npy, text_mean.npy   the predicted means, [N, D] and [M, D] float32
     index.html   the most and the least certain images and texts, for people
@@ -61,6 +61,8 @@ def write_predictions(
         format: of the tables: "csv", "parquet" (with pyarrow), or "npy", a structured array of the numbers alone.
         passes, seed: dropout passes, see `predict`.
         overwrite: replace these files where they exist; no others are touched.
+        error: fitted for this adapter: the probability that the first match within the store is wrong, a column; the
+            page goes by it then, and by the total variance otherwise.
         shown, pictures, checkpoint: of the page, see `write_report_page`.
 
     Raises:
@@ -82,19 +84,23 @@ def write_predictions(
     for side, rows in (("image", store.image), ("text", store.text)):
         if not 1 <= levels <= len(rows):
             raise ValueError(f"write_predictions: levels must be from 1 to the {len(rows)} {side}s, got {levels}")
+    wrong = error and error(store, captions=store.captions, adapter=model, seed=seed)
     directory.mkdir(parents=True, exist_ok=True)
     names = store.ids or [str(row) for row in range(len(store.image))]
-    total = {}
+    ordered_by = {}
     with tqdm(total=len(store.image) + len(store.text), desc="predict", unit="row", disable=not progress) as bar:
         for side, (table, mean) in files.items():
             numbers = _predict_side(getattr(model, side), getattr(store, side), mean, passes, seed, bar)
-            total[side] = torch.from_numpy(numbers["total"])
-            numbers["level"] = 1 + uncertainty_levels(total[side], levels).numpy()
+            ordered_by[side] = torch.from_numpy(numbers["total"])
+            numbers["level"] = 1 + uncertainty_levels(ordered_by[side], levels).numpy()
+            if wrong:
+                numbers["p_wrong"], ordered_by[side] = wrong[side].numpy().astype(np.float32), wrong[side]
             texts = {"id": names} if side == "image" else {"image": _of(names, store), "caption": store.captions}
             with replaced(table) as path:
                 _WRITERS[format](path, texts, numbers)
     of_page = {"shown": shown, "pictures": pictures, "checkpoint": checkpoint}
-    write_predictions_page(store, total, page, passes=passes, levels=levels, seed=seed, **of_page)
+    of_page["is_probability"] = error is not None
+    write_predictions_page(store, ordered_by, page, passes=passes, levels=levels, seed=seed, **of_page)
     return written
 
 
@@ -110,8 +116,8 @@ def _predict_side(
     with replaced(mean) as path, open(path, "wb") as file:  # mapped, the means would count as memory
         kind = {"descr": "<f4", "fortran_order": False, "shape": tuple(rows.shape)}
         np.lib.format.write_array_header_1_0(file, kind)
-        for start in range(0, len(rows), _ROWS):
-            some = slice(start, start + _ROWS)
+        for start in range(0, len(rows), ROWS):
+            some = slice(start, start + ROWS)
             predicted = predict(adapter, rows[some], passes=passes, seed=seed)
             file.write(predicted.mu.numpy(force=True).astype("<f4").tobytes())
             for name, values in numbers.items():
@@ -191,8 +197,8 @@ def rank(
     query = query.to(device)
     with torch.no_grad():
         distribution = of_query(query[None])  # three of [1, D]
-        cosine = torch.cat([cosine_similarity(query, block.to(device)) for block in gallery.split(_ROWS)])
-        nll = torch.cat([_nll(distribution, block.to(device)) for block in gallery.split(_ROWS)])
+        cosine = torch.cat([cosine_similarity(query, block.to(device)) for block in gallery.split(ROWS)])
+        nll = torch.cat([_nll(distribution, block.to(device)) for block in gallery.split(ROWS)])
     rows = (cosine if by == "cosine" else -nll).argsort(descending=True, stable=True)[:top]
     matches = predict(of_gallery, gallery[rows.cpu()], passes=passes, seed=seed).total.mean(1)
     return Ranking(
@@ -209,16 +215,22 @@ def _nll(distribution: Any, block: Tensor) -> Tensor:
     return fastprob.ggd_pairwise_nll(*distribution, block)[0] / block.shape[1] + math.log(2)
 
 
-def lines(store: EmbeddingStore, side: str, ranking: Ranking) -> Iterator[str]:
-    """The ranking as a table of text: of images their names and first captions, of texts the captions."""
+def lines(store: EmbeddingStore, side: str, ranking: Ranking, wrong: float | None = None) -> Iterator[str]:
+    """The ranking as a table of text: of images their names and first captions, of texts the captions.
+
+    wrong: probability that the first match is wrong, where it is known.
+    """
     yield f"uncertainty of the query {ranking.uncertainty:.4g}"
+    if wrong is not None:
+        yield f"the first match by cosine is wrong with probability {wrong:.2f}"
     yield "rank  cosine  log-likelihood  uncertainty  " + side
     numbers = zip(ranking.rows, ranking.cosine, ranking.log_likelihood, ranking.uncertainties)
-    owners = store.caption_image
     for place, (row, cosine, likelihood, uncertainty) in enumerate(numbers, start=1):
-        if side == "text":
-            name = store.captions[row]
-        else:
-            first = store.captions[int(torch.searchsorted(owners, row))]
-            name = f"{store.ids[row] if store.ids else row}: {first}"
+        name = store.captions[row] if side == "text" else image_name(store, row)
         yield f"{place:4d}  {cosine:6.3f}  {likelihood:14.4f}  {uncertainty:11.4g}  {name}"
+
+
+def image_name(store: EmbeddingStore, row: int) -> str:
+    """What the image of a row is called, and its first caption."""
+    first = store.captions[int(torch.searchsorted(store.caption_image, row))]
+    return f"{store.ids[row] if store.ids else row}: {first}"

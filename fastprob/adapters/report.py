@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from fastprob._files import write_atomically
-from fastprob.adapters.adapter import GGDAdapter, ProbVLM
+from fastprob.adapters.adapter import ProbVLM
+from fastprob.adapters.error import SIDES, ErrorModels, Variances, store_signals, variances
 from fastprob.adapters.training import nll
-from fastprob.adapters.uncertainty import predict
 from fastprob.data.store import EmbeddingStore
-from fastprob.evaluation.calibration import EXPLANATION, Calibration, Evaluation, evaluate
-from fastprob.evaluation.figures import recall_by_level, uncertainty_by_ambiguity
+from fastprob.evaluation.calibration import EXPLANATION, Calibration, Evaluation, evaluation_of
+from fastprob.evaluation.comparison import EXPLANATION as ABOUT_SCORES
+from fastprob.evaluation.comparison import Comparison, compare
+from fastprob.evaluation.figures import recall_by_level, risk_coverage, uncertainty_by_ambiguity
 from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
+from fastprob.evaluation.retrieval import Found, find_matches
+from fastprob.evaluation.selective import same
 from fastprob.evaluation.statistics import spearman
 
-_PREDICT_ROWS = 16384
-"""Rows of [D] uncertainties held at a time, before their mean over D: 130 MB in four tensors at D = 512."""
+DIRECTIONS = {"image": "image -> text", "text": "text -> image"}  # by who asks
+TOTAL, COSINE, P_WRONG = "total uncertainty", "1 - max cosine", "p(wrong)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Report:
     nll: float
     """Mean negative log-likelihood in nats per dimension, own and cross terms with weight 1; see `adapters.nll`."""
     evaluation: Evaluation
+    comparisons: dict[str, Comparison]
+    """Direction and rule, as "text -> image, own" -> scores side by side: the adapter's, those of the frozen
+    similarities, the probability of error where one was fitted, and a random one. Rules are "own" or "class", as
+    `match`, and "true", where the truth was given."""
     image_uncertainty: Tensor
     """[N] total uncertainty of each image, mean over D."""
     text_uncertainty: Tensor
@@ -67,7 +75,11 @@ class Report:
 
     def table(self) -> str:
         """The report as text, with what its figures mean, and a warning where they are inverted."""
-        lines = [self.evaluation.table(), "", *self.summary, "", EXPLANATION, f"A match is {self.rule} here."]
+        lines = []
+        for question, comparison in self.comparisons.items():
+            lines += [f"{question}: first match wrong {comparison.error:.3f}", comparison.table(), ""]
+        lines += [ABOUT_SCORES, "", self.evaluation.table(), "", *self.summary, ""]
+        lines += [EXPLANATION, f"A match is {self.rule} here."]
         for name, calibration in self.evaluation.directions.items():
             if calibration.inverted:
                 found = f"the more uncertain a query, the more often it is right (S {calibration.spearman:+.2f})"
@@ -80,6 +92,7 @@ class Report:
         values["image_to_text"] = _calibration(self.evaluation.image_to_text)
         values["text_to_image"] = _calibration(self.evaluation.text_to_image)
         values["ambiguity_spearman"] = self.ambiguity_spearman
+        values["comparisons"] = {name: dataclasses.asdict(each) for name, each in self.comparisons.items()}
         return _without_nan(values)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -88,13 +101,15 @@ class Report:
         write_atomically(Path(directory) / "report.json", text)
 
     def draw(self, directory: str | os.PathLike) -> list[tuple[str, Path]]:
-        """Draw recall_by_level.png and uncertainty_by_ambiguity.png; return title and file of each.
+        """Draw risk_coverage.png, recall_by_level.png and uncertainty_by_ambiguity.png; return title and file of each.
 
         Raises ImportError without matplotlib.
         """
         directory = Path(directory)
+        path = risk_coverage(self.comparisons, directory / "risk_coverage.png")
+        figures = [("Wrong answers by the share of queries answered", path)]
         path = recall_by_level(self.evaluation.directions, directory / "recall_by_level.png")
-        figures = [("Recall@1 by level of uncertainty", path)]
+        figures.append(("Recall@1 by level of uncertainty", path))
         if self.ambiguity is not None:
             path = directory / "uncertainty_by_ambiguity.png"
             uncertainty_by_ambiguity(self.ambiguity, self.text_uncertainty, path)
@@ -103,7 +118,14 @@ class Report:
 
 
 def evaluate_store(
-    model: ProbVLM, store: EmbeddingStore, *, passes: int = 20, levels: int = 10, seed: int = 0
+    model: ProbVLM,
+    store: EmbeddingStore,
+    *,
+    truth: Tensor | None = None,
+    error: ErrorModels | None = None,
+    passes: int = 20,
+    levels: int = 10,
+    seed: int = 0,
 ) -> Report:
     """Evaluate an adapter on the embeddings it was made for, on the model's device.
 
@@ -111,6 +133,8 @@ def evaluate_store(
         model: the adapter.
         store: embeddings of the model's width. With labels, a caption is right for every image of its class;
             without, for the image that it was written for.
+        truth: which texts are true of which images, bool [M, N]: a second rule, beside the first.
+        error: the probability of error that was fitted for this adapter; its signals are judged beside it.
         passes, seed: dropout passes, see `predict`.
         levels: of uncertainty, see `evaluate`.
 
@@ -121,21 +145,72 @@ def evaluate_store(
         raise ValueError(
             f"evaluate_store: the model takes dimension {model.config['dim']}, {store.path} has {store.dim}"
         )
-    image = _total_uncertainty(model.image, store.image, passes, seed)  # [N]
-    text = _total_uncertainty(model.text, store.text, passes, seed)  # [M]
+    known = variances(model, store, passes, seed)
+    total = {side: torch.stack(list(of.values())).sum(0) for side, of in known.items()}
     labels = store.labels
-    match = None if labels is None else (labels, labels[store.caption_image])
+    rule, match = "image", (torch.arange(len(store.image)), store.caption_image)
+    if labels is not None:
+        rule, match = "class", (labels, labels[store.caption_image])
+    found = find_matches(store.image, store.text, match)
+    evaluation = evaluation_of(found, total["image"], total["text"], levels=levels)  # checks levels and scores
+    scores = _scores(model, store, known, total, found, error, seed)
+    rules = {"own" if rule == "image" else rule: found}
+    if truth is not None:
+        rules["true"] = find_matches(store.image, store.text, truth.T)
+    comparisons: dict[str, Comparison] = {}
+    for name, by_rule in rules.items():
+        left_out = () if error is not None and error.rule == name else (P_WRONG,)  # it was fitted to another question
+        comparisons |= _compare(scores, store, by_rule, name, left_out)
     return Report(
         source=store.metadata["source"],
-        match="image" if match is None else "class",
+        match=rule,
         passes=passes,
         seed=seed,
         nll=nll(model, store),
-        evaluation=evaluate(store, image, text, match=match, levels=levels),
-        image_uncertainty=image,
-        text_uncertainty=text,
+        evaluation=evaluation,
+        comparisons=comparisons,
+        image_uncertainty=total["image"],
+        text_uncertainty=total["text"],
         ambiguity=store.ambiguity,
     )
+
+
+def _scores(
+    model: ProbVLM,
+    store: EmbeddingStore,
+    known: Variances,
+    total: Mapping[str, Tensor],
+    found: tuple[Found, Found],
+    error: ErrorModels | None,
+    seed: int,
+) -> dict[str, dict[str, Tensor]]:
+    """Side -> name -> score of each query."""
+    scores = {}
+    for side, of_side in zip(SIDES, found):
+        scores[side] = {TOTAL: total[side], **known[side], COSINE: 1 - of_side.first}
+    if error is None:
+        return scores
+    p = error(store, captions=store.captions, adapter=model, seed=seed)
+    signals = store_signals(store, error.temperature, store.captions)
+    for side in SIDES:
+        values = signals[side].values
+        scores[side] |= {"margin": values["margin_2"], "entropy": values["entropy_1"], P_WRONG: p[side]}
+    return scores
+
+
+def _compare(
+    scores: Mapping[str, Mapping[str, Tensor]],
+    store: EmbeddingStore,
+    found: tuple[Found, Found],
+    rule: str,
+    left_out: Container[str],
+) -> dict[str, Comparison]:
+    group, result = {"image": torch.arange(len(store.image)), "text": same(store.captions)}, {}
+    for side, of in zip(SIDES, found):
+        judged = {name: score for name, score in scores[side].items() if name not in left_out}
+        question = f"{DIRECTIONS[side]}, {rule}"
+        result[question] = compare(judged, of.rank > 0, group[side], probabilities=(P_WRONG,))
+    return result
 
 
 def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
@@ -163,12 +238,6 @@ def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
     axes.set_title("Adapter training")
     axes.legend(frameon=False)
     return save_figure(figure, path)
-
-
-def _total_uncertainty(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> Tensor:
-    """Predict in blocks, of which no row's result depends: [R, D] -> [R] mean over D of the total uncertainty."""
-    blocks = rows.split(_PREDICT_ROWS)
-    return torch.cat([predict(adapter, block, passes=passes, seed=seed).total.mean(1) for block in blocks])
 
 
 def _calibration(result: Calibration) -> dict[str, Any]:

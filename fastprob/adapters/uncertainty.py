@@ -28,6 +28,9 @@ import fastprob
 from fastprob._arguments import as_tensor
 from fastprob.adapters.adapter import EPS, GGDAdapter
 
+ROWS = 16384
+"""Rows of [D] predictions that are held at a time where all are needed: 130 MB in four tensors at D = 512."""
+
 
 @dataclass(frozen=True)
 class Uncertainty:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastprob.cli import probvlm, prompt
+from fastprob.cli import calibrate, draw, probvlm, prompt, selection
 from fastprob.cli._command import Command
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
@@ -43,6 +43,9 @@ def demo(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     **probvlm.COMMANDS,
+    **calibrate.COMMANDS,
+    **draw.COMMANDS,
+    **selection.COMMANDS,
     **prompt.COMMANDS,
     "info": Command("which backend serves which operator, and why", no_options, info),
     "demo": Command("the whole way on real handwritten digits, without a download", demo_options, demo),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
+    from torch import Tensor
+
     from fastprob.encoders import Encoder
 
 
@@ -132,3 +134,19 @@ def device_of(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name
+
+
+TRUTH = ".npy of bool [texts, images], which are true of which (default: a text of the image it was written for)"
+
+
+def read_truth(path: Path, texts: int, images: int) -> Tensor:
+    """Raises ValueError unless the file has a bool [texts, images]."""
+    import numpy as np
+    import torch
+
+    from fastprob.data.arrays import read_array
+
+    truth = read_array("truth", path, "--truth")
+    if truth.dtype != np.bool_ or truth.shape != (texts, images):
+        raise ValueError(f"{path}: truth must be bool {[texts, images]}, got {truth.dtype} {list(truth.shape)}")
+    return torch.from_numpy(np.array(truth))

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastprob.cli._command import Command, device_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from fastprob.cli._command import TRUTH, Command, device_of, read_truth
 
 
 def calibrate_options(parser: argparse.ArgumentParser) -> None:
@@ -22,39 +18,26 @@ def calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what was fitted before")
 
 
-TRUTH = ".npy of bool [texts, images], which are true of which (default: a text of the image it was written for)"
-
-
 def calibrate(args: argparse.Namespace) -> None:
-    from fastprob.adapters.error import FILE, SIDES, fit_error
+    from fastprob.adapters.error import SIDES, file_beside, fit_error
     from fastprob.cli.probvlm import load_checkpoint, open_store
 
-    file = (args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent) / FILE
+    file = file_beside(args.checkpoint)
     if file.exists() and not args.overwrite:
         raise ValueError(f"{file} exists already; replace it by --overwrite")
     store = open_store(args.store)
     adapter = load_checkpoint(args.checkpoint, store).to(device_of(args.device))
-    truth = None if args.truth is None else read_truth(args.truth, len(store.text), len(store.image))
-    options = {"truth": truth, "passes": args.passes, "seed": args.seed}
+    options = {"passes": args.passes, "seed": args.seed}
+    if args.truth is not None:
+        options |= {"match": read_truth(args.truth, len(store.text), len(store.image)).T, "rule": "true"}
+    elif store.labels is not None:
+        options |= {"match": (store.labels, store.labels[store.caption_image]), "rule": "class"}
     model = fit_error(store, captions=store.captions, adapter=adapter, **options)
     model.save(file)
     p = model(store, captions=store.captions, adapter=adapter)
     for side in SIDES:
         print(f"{side}s: the first match is wrong with a mean probability of {float(p[side].mean()):.3f}")
     print(f"{file}: eval, predict and rank use it")
-
-
-def read_truth(path: Path, texts: int, images: int) -> Tensor:
-    """Raises ValueError unless the file has a bool [texts, images]."""
-    import numpy as np
-    import torch
-
-    from fastprob.data.arrays import read_array
-
-    truth = read_array("truth", path)
-    if truth.dtype != np.bool_ or truth.shape != (texts, images):
-        raise ValueError(f"{path}: truth must be bool {[texts, images]}, got {truth.dtype} {list(truth.shape)}")
-    return torch.from_numpy(np.array(truth))
 
 
 COMMANDS = {

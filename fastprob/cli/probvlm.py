@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastprob.cli._command import (
     DATA,
     READING,
+    TRUTH,
     Command,
     add_encoder,
     add_fields,
@@ -21,6 +22,7 @@ from fastprob.cli._command import (
     device_of,
     load_encoder_of,
     open_data,
+    read_truth,
     refuse,
     write_report,
 )
@@ -163,6 +165,7 @@ def fit(args: argparse.Namespace) -> None:
 def eval_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
+    parser.add_argument("--truth", type=Path, help=TRUTH)
     parser.add_argument(
         "--out", type=Path, help="directory of report.json, report.html and figures (default: only print)"
     )
@@ -186,28 +189,35 @@ def _of_page(args: argparse.Namespace, store: EmbeddingStore) -> dict[str, Any]:
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", required=True, type=Path, help="embedding store")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
+    add_checkpoint(parser)
     parser.add_argument("--passes", type=int, default=20, help="dropout passes (default: 20; 0: aleatoric only)")
     parser.add_argument("--seed", type=int, default=0, help="of the dropout passes (default: 0)")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", required=True, type=Path, help="embedding store")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="file, or directory of a run")
     parser.add_argument("--device", help="default: CUDA where there is one")
 
 
-def _open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
+def open_adapter(args: argparse.Namespace) -> tuple[EmbeddingStore, ProbVLM]:
     store = open_store(args.store)
-    return store, _load_checkpoint(args.checkpoint, store).to(device_of(args.device))
+    return store, load_checkpoint(args.checkpoint, store).to(device_of(args.device))
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.pages import check_shown, write_report_page
     from fastprob.adapters.report import evaluate_store
 
     if args.out is None:
         refuse(args, ["data"], "eval without --out")
     check_shown("eval", args.shown)
-    store, model = _open_adapter(args)
+    store, model = open_adapter(args)
     of_page = _of_page(args, store)
-    report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed)
+    truth = None if args.truth is None else read_truth(args.truth, len(store.text), len(store.image))
+    known = {"truth": truth, "error": beside(args.checkpoint)}
+    report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed, **known)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
         figures = write_report(report, args.out, "eval")
@@ -215,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"\nWritten to {page}")
 
 
-def _load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
+def load_checkpoint(path: Path, store: EmbeddingStore) -> ProbVLM:
     """The model in a file or in a run's directory. Raises ValueError when it is none, or not for this store."""
     from fastprob.adapters import ProbVLM
     from fastprob.adapters.training import CHECKPOINT, ENCODER
@@ -243,52 +253,61 @@ def predict_options(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.predictions import write_predictions
 
-    store, model = _open_adapter(args)
+    store, model = open_adapter(args)
     options = {name: getattr(args, name) for name in ("format", "passes", "levels", "seed", "overwrite")}
+    options["error"] = beside(args.checkpoint)
     print(*write_predictions(model, store, args.out, **options, **_of_page(args, store)), sep="\n")
 
 
+QUERY = "a text, an image file, or image:ROW or text:ROW of the store"
+
+
 def rank_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("query", help="a text, an image file, or image:ROW or text:ROW of the store")
+    parser.add_argument("query", help=QUERY)
     _add_adapter(parser)
     parser.add_argument("--top", type=int, default=10, help="matches to print, best first (default: 10)")
     parser.add_argument("--by", default="cosine", help="what orders them: cosine or likelihood (default: cosine)")
 
 
 def rank(args: argparse.Namespace) -> None:
+    from fastprob.adapters.error import beside
     from fastprob.adapters.predictions import lines, rank
 
-    store, model = _open_adapter(args)
-    side, query = _query(args, store)
+    store, model = open_adapter(args)
+    side, _, query = find_query(args, store)
     other = "text" if side == "image" else "image"
     options = {name: getattr(args, name) for name in ("top", "by", "passes", "seed")}
     ranking = rank(getattr(model, side), query, getattr(model, other), getattr(store, other), **options)
-    print(*lines(store, other, ranking), sep="\n")
+    error, known = beside(args.checkpoint), {"captions": store.captions, "adapter": model, "seed": args.seed}
+    wrong = error and error.of_query(query.cpu(), side, store, **known)
+    print(*lines(store, other, ranking, wrong), sep="\n")
 
 
-def _query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, Tensor]:
-    """Whether the query is an image or a text, and its embedding [D]."""
+def find_query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, int | None, Tensor]:
+    """Whether the query is an image or a text, its row where it is one of the store's, and its embedding [D]."""
     named = re.fullmatch(r"(image|text):(\d+)", args.query)
     if named is not None:
         side, row = named[1], int(named[2])
         rows = getattr(store, side)
         if row >= len(rows):
-            raise ValueError(f"rank: {side} rows of {store.path} are 0..{len(rows) - 1}, got {row}")
-        return side, rows[row]
+            raise ValueError(f"{args.command}: {side} rows of {store.path} are 0..{len(rows) - 1}, got {row}")
+        return side, row, rows[row]
     from fastprob.data.images import open_rgb
     from fastprob.encoders import load_encoder
 
     about = store.encoder
     if about["fingerprint"] is None:
-        raise ValueError(f"rank: {store.path} was made from arrays, no encoder is known: query image:ROW or text:ROW")
+        where = f"{args.command}: {store.path} was made from arrays, no encoder is known"
+        raise ValueError(f"{where}: query image:ROW or text:ROW")
     encoder = load_encoder(about["model"], pretrained=about["pretrained"], device=device_of(args.device))
     if encoder.fingerprint() != about["fingerprint"]:
-        raise ValueError(f"rank: {encoder} is not the one that made {store.path}: its weights are others")
+        raise ValueError(f"{args.command}: {encoder} is not the one that made {store.path}: its weights are others")
     if Path(args.query).is_file():
-        return "image", encoder.encode_image(encoder.preprocess(open_rgb(Path(args.query)))[None])[0]
-    return "text", encoder.encode_text(encoder.tokenizer([args.query]))[0]
+        return "image", None, encoder.encode_image(encoder.preprocess(open_rgb(Path(args.query)))[None])[0]
+    return "text", None, encoder.encode_text(encoder.tokenizer([args.query]))[0]
 
 
 # ------------------------------------------------------------------- the encoder that a run belongs to

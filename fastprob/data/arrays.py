@@ -136,8 +136,8 @@ class _Arrays:
         return (images + texts) * 4 * self.source["dim"] + (images * len(self._line(done)) if images else 0)
 
 
-def read_array(name: str, array: Any) -> np.ndarray:
-    """An array, or that of an .npy file, mapped. Raises ValueError as `name` where the file holds none."""
+def read_array(name: str, array: Any, who: str = "embed_arrays") -> np.ndarray:
+    """An array, or that of an .npy file, mapped. Raises ValueError, as `who` of `name`, where the file holds none."""
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
@@ -148,9 +148,9 @@ def read_array(name: str, array: Any) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # of many kinds, where the file is damaged
-        raise ValueError(f"embed_arrays: {name} must be an .npy file, got {array}: {error}") from error
+        raise ValueError(f"{who}: {name} must be an .npy file, got {array}: {error}") from error
     if not isinstance(found, np.ndarray):
-        raise ValueError(f"embed_arrays: {name} must be an .npy file, got {array}, an archive of several")
+        raise ValueError(f"{who}: {name} must be an .npy file, got {array}, an archive of several")
     return found
 
 

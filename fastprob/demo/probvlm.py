@@ -11,8 +11,9 @@ import torch
 import fastprob
 from fastprob._files import write_atomically
 from fastprob.adapters import FitResult, TrainConfig, fit
+from fastprob.adapters.error import file_beside, fit_error
 from fastprob.adapters.pages import write_report_page
-from fastprob.adapters.report import Report, evaluate_store, training_curves
+from fastprob.adapters.report import COSINE, P_WRONG, Report, evaluate_store, training_curves
 from fastprob.adapters.training import CHECKPOINT
 from fastprob.data.digitscenes import LEVELS, DigitScenes
 from fastprob.data.store import EmbeddingStore, embed, pictures_of
@@ -32,7 +33,9 @@ def run(out: Path, *, epochs: int = 50, study_epochs: int = 40) -> None:
     times = {"loss_ms": speed.loss_times(), "epoch_s": speed.epoch_times(encoder, scenes["train"], stores["train"])}
     config = TrainConfig(epochs=epochs)
     trained = fit(stores["train"], validation=stores["val"], config=config, directory=out / "adapter")
-    report = evaluate_store(trained.model, stores["test"])
+    error = fit_error(stores["val"], captions=stores["val"].captions, adapter=trained.model)
+    error.save(file_beside(out / "adapter"))
+    report = evaluate_store(trained.model, stores["test"], truth=scenes["test"].matches(), error=error)
     report.save(out)
     figures = [*report.draw(out), ("Adapter training", training_curves(trained.history, out / "training.png"))]
     about = {"pictures": pictures_of(stores["test"], scenes["test"]), "checkpoint": out / "adapter" / CHECKPOINT}
@@ -72,7 +75,20 @@ from the most specific level to the least."""
 
 def _of_adapter(trained: FitResult, report: Report) -> str:
     by_text = report.evaluation.text_to_image
-    return f"""## The adapter
+    wrong = "\n".join(
+        f"- {question}: {each.scores[P_WRONG].aurc}; 1 - max cosine {each.scores[COSINE].aurc}; random {each.error:.3f}"
+        for question, each in report.comparisons.items()
+        if P_WRONG in each.scores
+    )
+    return f"""## How likely is the first match wrong?
+
+Share of wrong answers, averaged over the share of queries that are answered (AURC, 95 %), by the fitted probability:
+
+{wrong}
+
+![wrong answers by the share answered](risk_coverage.png)
+
+## The adapter
 
 NLL on held-out scenes: {trained.nll_before:.3f} before training, {trained.nll_after:.3f} after, in nats per dimension.
 Spearman correlation of the predicted text uncertainty with the number of scenes a caption fits: \

@@ -10,7 +10,8 @@ from fastprob.evaluation.calibration import (
 )
 from fastprob.evaluation.comparison import Comparison, Judged, compare
 from fastprob.evaluation.conformal import Sets, conformal_threshold, retrieval_sets
-from fastprob.evaluation.figures import recall_by_level, uncertainty_by_ambiguity
+from fastprob.evaluation.figures import recall_by_level, risk_coverage, uncertainty_by_ambiguity
+from fastprob.evaluation.grid import picture_grid
 from fastprob.evaluation.retrieval import Found, Match, find_matches, match_rank, nearest, recall_at_k
 from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, aurc, auroc, estimate
 from fastprob.evaluation.statistics import mean_std, pearson, spearman
@@ -39,9 +40,11 @@ __all__ = [
     "mean_std",
     "nearest",
     "pearson",
+    "picture_grid",
     "recall_at_k",
     "recall_by_level",
     "retrieval_sets",
+    "risk_coverage",
     "spearman",
     "uncertainty_by_ambiguity",
     "uncertainty_levels",

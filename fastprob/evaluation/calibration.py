@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprob._arguments import as_tensor
 from fastprob.data.pairs import Paired, check_paired
-from fastprob.evaluation.retrieval import Match, find_matches, match_rank
+from fastprob.evaluation.retrieval import Found, Match, find_matches, match_rank
 from fastprob.evaluation.statistics import pearson, spearman
 
 
@@ -114,10 +114,18 @@ def evaluate(
     check_paired("evaluate", data)
     if match is None:
         match = torch.arange(len(data.image)), data.caption_image
-    counts = len(data.image), len(data.text)
-    scores = [_checked(*each, levels) for each in zip((image_uncertainty, text_uncertainty), counts)]
-    ranks = (found.rank for found in find_matches(data.image, data.text, match))
-    return Evaluation(*(_calibration(*each, levels) for each in zip(ranks, scores, counts[::-1])))
+    given = (image_uncertainty, len(data.image)), (text_uncertainty, len(data.text))
+    scores = [_checked(*each, levels) for each in given]
+    return evaluation_of(find_matches(data.image, data.text, match), *scores, levels=levels)
+
+
+def evaluation_of(
+    found: tuple[Found, Found], image_uncertainty: Tensor, text_uncertainty: Tensor, *, levels: int
+) -> Evaluation:
+    """`evaluate`, where it is known what the images and what the texts find."""
+    ranks, counts = [each.rank for each in found], [len(text_uncertainty), len(image_uncertainty)]
+    scores = [_checked(score, len(rank), levels) for score, rank in zip((image_uncertainty, text_uncertainty), ranks)]
+    return Evaluation(*(_calibration(*each, levels) for each in zip(ranks, scores, counts)))
 
 
 def calibrate(query: Tensor, gallery: Tensor, uncertainty: Tensor, match: Match, *, levels: int = 10) -> Calibration:

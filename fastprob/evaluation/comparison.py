@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Judged:
     auroc: Estimate
     ece: float | None
     """Expected calibration error of a score that is a probability of error, else None."""
+    risk: list[float]
+    """Share of wrong ones among the most certain 1 %, 2 %, ... 100 % of the queries."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def compare(
     group: Tensor,
     *,
     probabilities: Collection[str] = (),
-    draws: int = 1000,
+    draws: int = 400,
     seed: int = 0,
 ) -> Comparison:
     """Judge scores of Q queries, and a random one beside them.
@@ -84,5 +87,10 @@ def compare(
         ece = expected_calibration_error(score, wrong) if name in probabilities else None
         both = bool(wrong.any()) and not bool(wrong.all())
         auroc = estimate(ranked.auroc, resampled) if both else Estimate(math.nan, math.nan, math.nan)
-        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece)
+        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, _risks(ranked))
     return Comparison(float(wrong.double().mean()), judged)
+
+
+def _risks(ranked: Ranked) -> list[float]:
+    coverage, risk = (values.numpy() for values in ranked.curve())
+    return np.interp(np.arange(1, 101) / 100, coverage, risk).tolist()

@@ -62,7 +62,7 @@ def fit_error_model(values: Mapping[str, Tensor], wrong: Tensor, group: Tensor) 
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import StratifiedGroupKFold
     except ImportError as error:
-        raise ImportError("fit_error_model needs scikit-learn: pip install 'fastprob[demo]'") from error
+        raise ImportError("fit_error_model needs scikit-learn: pip install 'fastprob[calibrate]'") from error
     for name, value in values.items():
         if not value.isfinite().all():
             raise ValueError(f"fit_error_model: {name} must be finite, {int((~value.isfinite()).sum())} values are not")

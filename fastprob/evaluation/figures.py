@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastprob.evaluation.calibration import Calibration, mean_uncertainty
-from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
+from fastprob.evaluation.comparison import RANDOM, Comparison
+from fastprob.evaluation.plots import COLOURS, GREY, axes_of_figure, save_figure
 from fastprob.evaluation.statistics import spearman
 
 
@@ -35,6 +36,32 @@ def recall_by_level(results: Mapping[str, Calibration], path: str | os.PathLike)
     axes.set_title("Recall@1 by predicted uncertainty")
     axes.set_xticks(range(1, 1 + max(len(result.recall) for result in results.values())))
     axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def risk_coverage(comparisons: Mapping[str, Comparison], path: str | os.PathLike) -> Path:
+    """Draw the share of wrong answers against the share of queries that are answered, a panel a comparison.
+
+    Args:
+        comparisons: title of the panel -> scores of the same names each.
+        path: of the PNG file.
+
+    Returns:
+        `path`. Raises ValueError without comparisons, ImportError without matplotlib.
+    """
+    if not comparisons:
+        raise ValueError("risk_coverage: comparisons must hold at least one, got none")
+    figure, panels = axes_of_figure(len(comparisons))
+    for axes, (title, comparison) in zip(panels, comparisons.items(), strict=True):
+        for position, (name, judged) in enumerate(comparison.scores.items()):
+            colour = GREY if name == RANDOM else COLOURS[position % len(COLOURS)]
+            style = "--" if position >= len(COLOURS) else "-"
+            axes.plot(range(1, 101), judged.risk, style, color=colour, linewidth=1.2, label=name)
+        axes.set(xlabel="answered, the most certain first (%)", ylim=(0, None))
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("wrong among the answered")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4, fontsize=8)
     return save_figure(figure, path)
 
 

@@ -23,6 +23,7 @@ Radovanovic et al., JMLR 2010; both softmaxes from Cheng et al., Video-Text Retr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,14 +123,26 @@ def signals(query: Tensor, gallery: Tensor, temperature: float) -> tuple[Signals
 
 
 def fit_temperature(data: Paired) -> float:
-    """The temperature, of `TEMPERATURES`, at which texts and images ask for their own with the greatest likelihood.
+    """The temperature, of `TEMPERATURES`, at which `own_doubt` is least on average: the greatest likelihood."""
+    return TEMPERATURES[int(torch.stack([doubt.mean() for doubt in _own_doubts(data, TEMPERATURES)]).argmin())]
 
-    mean over texts of log softmax(s_t. / T)_own + log softmax(s_.own / T)_t, softmax over images and over texts
+
+def own_doubt(data: Paired, temperature: float) -> Tensor:
+    """How little each text and the image that it is said to belong to ask for each other, [M] float32, in nats:
+
+        -log softmax(s_t. / T)_own - log softmax(s_.own / T)_t        softmax over the images and over the texts
+
+    Large where another image is closer to the text, or another text to its image. temperature: T > 0.
     """
-    of_text = [_Softmax(len(data.text), temperature) for temperature in TEMPERATURES]
-    of_image = [_Softmax(len(data.image), temperature) for temperature in TEMPERATURES]
+    return _own_doubts(data, (temperature,))[0]
+
+
+def _own_doubts(data: Paired, temperatures: Sequence[float]) -> list[Tensor]:
+    """`own_doubt` at each temperature."""
+    of_text = [_Softmax(len(data.text), temperature) for temperature in temperatures]
+    of_image = [_Softmax(len(data.image), temperature) for temperature in temperatures]
     own = torch.zeros(len(data.text))
-    for similarity, (texts, images) in products(data.text, data.image, "temperature"):
+    for similarity, (texts, images) in products(data.text, data.image, "own pairs"):
         similarity = similarity.cpu()
         for each, other in zip(of_text, of_image):
             each.add(texts, similarity, 1)
@@ -137,11 +150,10 @@ def fit_temperature(data: Paired) -> float:
         at = data.caption_image[texts] - images[0]
         here = (at >= 0) & (at < len(images))
         own[texts[here]] = similarity[here, at[here]]
-    nll = [
-        (each.log_sum + other.log_sum[data.caption_image] - 2 * own / each.temperature).mean()
+    return [
+        each.log_sum + other.log_sum[data.caption_image] - 2 * own / each.temperature
         for each, other in zip(of_text, of_image)
     ]
-    return TEMPERATURES[int(torch.stack(nll).argmin())]
 
 
 def _signals(side: _Side, other: _Side) -> Signals:
