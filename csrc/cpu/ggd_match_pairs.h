@@ -40,15 +40,19 @@ void for_pairs(const Match<T>& pair, const Side<S, 3>& rows, const Side<S, 3>& c
   });
 }
 
-template <int side, typename T, typename S>
+// The gradients of a side. Slopes of tens cancel in their sums, of which float's rounding of a slope would be much: for
+// float they are computed in double.
+template <int side, typename Computed, typename S>
 void sweep(
-    const Match<T>& pair,
+    const Match<Computed>& op,
     const Side<S, 3>& from,
     const Side<S, 3>& with,
     const S* grad,
     int64_t stride,
     int64_t other_stride,
     const std::array<S*, 3>& out) {
+  using T = std::conditional_t<std::is_same_v<S, float>, double, Computed>;
+  const Match<T> pair{op.eps};
   torch::stable::parallel_for(0, from.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(3 * from.dim);
     for (int64_t i = begin; i < end; ++i) {
@@ -63,7 +67,7 @@ void sweep(
       }
       for (size_t k = 0; k < 3; ++k)
         for (int64_t d = 0; out[k] && d < from.dim; ++d)
-          out[k][i * from.dim + d] = static_cast<S>(T(sums[k * from.dim + d]));
+          out[k][i * from.dim + d] = static_cast<S>(Computed(sums[k * from.dim + d]));
     }
   });
 }
