@@ -65,13 +65,15 @@ def test_quantiles_against_scipy(power):
     st.floats(0.01, 1e4), st.floats(1e-300, 0.5) | st.floats(0.0, 0.5, exclude_min=True).map(lambda p: 10 ** (-600 * p))
 )
 @example(0.125, 0.49999999999999994)
+@example(0.01, 0.0625)
 def test_quantile_inverts_the_distribution_function(power, probability):
     probability, power = double(min(probability, 0.5), power)
     d = GeneralizedNormal(torch.zeros_like(power), torch.ones_like(power), power)
     x = d.icdf(probability)
     # what an error of a few units in the last place of x does to its probability
     slack = 1e-14 + 20 * 2.3e-16 * float(x.abs() * d.log_prob(x).exp() / probability)
-    assert_close(d.cdf(x), probability, rtol=1e-12 + slack)
+    torchs = 1e-10 if power < 0.05 else 0.0  # its gammaincc is off by 1e-9 for a > 20, and not smooth
+    assert_close(d.cdf(x), probability, rtol=1e-12 + slack + torchs)
     upper = d.icdf(1 - probability)
     assert upper >= 0 >= x
     if probability > 1e-3 and 1 - (1 - probability) == probability:  # 1 - p may be 0.5 by rounding
