@@ -83,8 +83,14 @@ class ErrorModels:
         Raises:
             ValueError: without the adapter that it was fitted with.
         """
-        found = store_signals(data, self.temperature, captions, self._variances(data, adapter, seed))
+        found = self.signals(data, captions=captions, adapter=adapter, seed=seed)
         return {side: getattr(self, side)(found[side].values) for side in SIDES}
+
+    def signals(
+        self, data: Paired, *, captions: Sequence[str] | None = None, adapter: ProbVLM | None = None, seed: int = 0
+    ) -> dict[str, Signals]:
+        """What the probabilities are made of, by side. Arguments and errors as of a call."""
+        return store_signals(data, self.temperature, captions, self._variances(data, adapter, seed))
 
     def of_query(
         self,

@@ -34,6 +34,7 @@ from fastprob._files import replaced
 from fastprob.adapters.adapter import ProbVLM
 from fastprob.data.pairs import Paired, check_paired
 from fastprob.data.store import EmbeddingStore
+from fastprob.evaluation.conformal import own_similarity
 from fastprob.evaluation.signals import own_doubt
 
 SCORES = ("doubt", "cosine", "siblings", "likelihood", "match")
@@ -59,15 +60,10 @@ def suspicion(data: Paired, *, adapter: ProbVLM | None = None, temperature: floa
         raise ValueError(f"suspicion: temperature must be > 0, got {temperature!r}")
     if adapter is not None and adapter.config["dim"] != data.image.shape[1]:
         raise ValueError(f"suspicion: adapter must be of width {data.image.shape[1]}, got {adapter.config['dim']}")
-    scores = {"doubt": own_doubt(data, temperature), "cosine": _distance(data), "siblings": _siblings(data)}
+    scores = {"doubt": own_doubt(data, temperature), "cosine": 1 - own_similarity(data), "siblings": _siblings(data)}
     if adapter is not None:
         scores |= _under(adapter, data)
     return {name: score.double() for name, score in scores.items()}
-
-
-def _distance(data: Paired) -> Tensor:
-    rows = torch.arange(len(data.text)).split(_ROWS)
-    return torch.cat([1 - cosine_similarity(data.text[some], data.image[data.caption_image[some]]) for some in rows])
 
 
 def _siblings(data: Paired) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastprob._files import write_atomically
 from fastprob.adapters.adapter import ProbVLM
-from fastprob.adapters.error import SIDES, ErrorModels, Variances, store_signals, variances
+from fastprob.adapters.error import SIDES, ErrorModels, Variances, variances
 from fastprob.adapters.training import nll
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import EXPLANATION, Calibration, Evaluation, evaluation_of
@@ -185,16 +185,15 @@ def _scores(
     seed: int,
 ) -> dict[str, dict[str, Tensor]]:
     """Side -> name -> score of each query."""
-    scores = {}
-    for side, of_side in zip(SIDES, found):
-        scores[side] = {TOTAL: total[side], **known[side], COSINE: 1 - of_side.first}
+    scores: dict[str, dict[str, Tensor]] = {}
+    for side, place in zip(SIDES, found):
+        scores[side] = {TOTAL: total[side], **known[side], COSINE: 1 - place.first}
     if error is None:
         return scores
-    p = error(store, captions=store.captions, adapter=model, seed=seed)
-    signals = store_signals(store, error.temperature, store.captions)
-    for side in SIDES:
-        values = signals[side].values
-        scores[side] |= {"margin": values["margin_2"], "entropy": values["entropy_1"], P_WRONG: p[side]}
+    for side, of_side in error.signals(store, captions=store.captions, adapter=model, seed=seed).items():
+        values = of_side.values
+        p = getattr(error, side)(values)
+        scores[side] |= {"margin": values["margin_2"], "entropy": values["entropy_1"], P_WRONG: p}
     return scores
 
 
