@@ -98,6 +98,7 @@ gpu-test: gpu-site
 
 gpu-bench: gpu-site
 	$(GPU_RUN) -m pytest bench -q -m gpu --continue-on-collection-errors --minutes 5 --out $(GPU_OUT)/gpu.json
+	$(GPU_RUN) bench/alone.py --out $(GPU_OUT)/gpu-alone.json
 
 gpu-prompts: gpu-site
 	$(GPU_RUN) bench/prompts.py --device cuda --out $(GPU_OUT)/prompts-gpu.json

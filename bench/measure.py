@@ -134,7 +134,7 @@ def _turns(name: str, one: Implementation, sets: list, device: str, result: Resu
         with one.context():
             result.peak_bytes = peak_bytes(lambda: one.call(sets[0]))
     yield lambda: _turn(run, one.context, repeats, device, len(sets), result.rounds)
-    if device == "cuda" and UNCAPTURABLE not in name:
+    if device == "cuda" and UNCAPTURABLE not in name and _fits(result.peak_bytes * len(sets)):
         with one.context():
             graph, outputs = capture(run)
         replays = math.ceil(GPU_ROUND / wall(graph.replay, 3, device))
@@ -143,6 +143,12 @@ def _turns(name: str, one: Implementation, sets: list, device: str, result: Resu
             graph.replay()
 
         yield lambda: _turn(replay, nullcontext, replays, device, len(sets), result.graph_rounds)
+
+
+def _fits(size: int) -> bool:
+    """Whether a graph's own memory surely suffices: a capture that fails leaves no generator that works."""
+    torch.cuda.empty_cache()
+    return size < torch.cuda.mem_get_info()[0] / 2
 
 
 def _turn(run: Callable, context: Callable, repeats: int, device: str, calls: int, rounds: list[float]) -> None:

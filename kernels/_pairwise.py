@@ -91,6 +91,19 @@ def _tables(
     tl.store(norms + row, total.to(norms.dtype.element_ty), mask=row < count)
 
 
+@triton.jit
+def _numbers(of_row, size, inside, of_target, of_column):
+    """A coordinate of some distributions' tables and of some targets."""
+    return (
+        tl.load(of_row, mask=inside, other=0.0),
+        tl.load(of_row + size, mask=inside, other=0.0),
+        tl.load(of_row + size * 2, mask=inside, other=1.0),
+        tl.load(of_row + 3 * size, mask=inside, other=0.0),
+        tl.load(of_row + 4 * size, mask=inside, other=1.0),
+        tl.load(of_target, mask=of_column, other=0.0),
+    )
+
+
 @triton.jit(do_not_specialize=["first", "rows", "count", "columns", "dim", "across"])
 def _pairs(
     tables, norms, targets, out, first, rows, count, columns, dim, across, clamp_min: tl.float64, clamp_max: tl.float64,
@@ -105,22 +118,22 @@ def _pairs(
     size = dim * count.to(tl.int64)
     total = tl.zeros((WIDTH, HEIGHT), norms.dtype.element_ty)  # distributions side by side: a thread reads one's tables
     lo, hi = _maths.parameter(clamp_min, total.dtype), _maths.parameter(clamp_max, total.dtype)
-    d, at, at_target = program * 0, first.to(tl.int64) * 0, first.to(tl.int64) * 0
+    d, at, at_target = program * 0, first.to(tl.int64) * 0, column
+    numbers = _numbers(of_row, size, inside & (d < dim), targets + at_target, of_column & (d < dim))
     while d < dim:
-        mu = tl.load(of_row + at, mask=inside, other=0.0)[None, :]
-        exponent = tl.load(of_row + (at + size), mask=inside, other=0.0)[None, :]
-        mantissa = tl.load(of_row + (at + 2 * size), mask=inside, other=1.0)[None, :]
-        limit = tl.load(of_row + (at + 3 * size), mask=inside, other=0.0)[None, :]
-        b = tl.load(of_row + (at + 4 * size), mask=inside, other=1.0)[None, :]
-        r = tl.abs(mu - tl.load(targets + (column + at_target), mask=of_column, other=0.0)[:, None])
-        if PAPER:
-            t, _ = _maths.power(r, (exponent, mantissa, limit), b, LEAN)
-        else:
-            t = r * mantissa * b
-        total += tl.where(t < lo, lo, tl.where(t > hi, hi, t))
+        d += 1
         at += count
         at_target += columns
-        d += 1
+        # The next coordinate's numbers are on their way while this one's are computed with.
+        following = _numbers(of_row + at, size, inside & (d < dim), targets + at_target, of_column & (d < dim))
+        mu, exponent, mantissa, limit, b, z = numbers
+        r = tl.abs(mu[None, :] - z[:, None])
+        if PAPER:
+            t, _ = _maths.power(r, (exponent[None, :], mantissa[None, :], limit[None, :]), b[None, :], LEAN)
+        else:
+            t = r * mantissa[None, :] * b[None, :]
+        total += tl.where(t < lo, lo, tl.where(t > hi, hi, t))
+        numbers = following
     total = tl.trans(total) + tl.load(norms + (row + first), mask=inside, other=0.0)[:, None]
     mask = inside[:, None] & of_column[None, :]
     _maths.store(out, row[:, None] * columns + column[None, :], total, mask)

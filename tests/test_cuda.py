@@ -227,7 +227,8 @@ def test_only_the_gradients_that_are_asked_for(op, backend):
     for wanted in [{n} for n in names] + [set(names) - {n} for n in names if len(names) > 1]:
         grads = call(op, asking(op, tensors, wanted), options)[len(op.results) :]
         for name, grad in zip([n for n in names if n in wanted], grads, strict=True):
-            torch.testing.assert_close(grad, full[name], rtol=1e-6, atol=0)
+            # Those of fewer inputs are a kernel of their own, whose sums of terms that cancel round in other places.
+            torch.testing.assert_close(grad, full[name], rtol=1e-6, atol=1e-7 * full[name].abs().max().item())
 
 
 @on_device

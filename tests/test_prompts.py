@@ -60,7 +60,7 @@ CONTEXTS = {"shared": (L, 32), "of each class": (5, L, 32), "of each image": (3,
 def run(encoder, context):
     context = context.clone().requires_grad_()
     value = encoder(context)
-    weight = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
+    weight = torch.linspace(-1, 1, value.numel()).to(value).view(value.shape)
     return value.detach(), torch.autograd.grad((value * weight).sum(), context)[0]
 
 

@@ -17,7 +17,7 @@ namespace fastprob {
 
 // Small blocks: some load while others compute, which hides the latency of both.
 constexpr int kThreads = 128;
-constexpr int64_t kMaxBlocks = 16384;  // many waves on the largest GPU, and as many partial sums as one block adds fast
+constexpr int64_t kMaxBlocks = 4096;  // some waves on the largest GPU; with four times as many, a tenth more time
 constexpr int kFinishThreads = 1024;
 
 // The types that sums and scalars have, and that bodies compute in.

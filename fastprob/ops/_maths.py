@@ -32,6 +32,13 @@ def power_of_product(x: Tensor, y: Tensor, exponent: Tensor) -> tuple[Tensor, Te
     return power, torch.where(apart, x.log() + y.log(), product.log())
 
 
+def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """total with values added to its `rows`, those of one row always in the same order."""
+    if total.is_cuda:  # where index_add adds in any order
+        return total.index_put((rows,), values, accumulate=True)
+    return total.index_add(0, rows, values)
+
+
 def has_numbers(tensor: Tensor) -> bool:
     """Whether a tensor is no fake, of which only the shape is asked."""
     return type(tensor) is Tensor and tensor.device.type != "meta"

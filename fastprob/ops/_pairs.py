@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastprob.ops._maths import has_numbers
+from fastprob.ops._maths import add_rows, has_numbers
 
 ELEMENTS = 2**22  # of all pairs of a block: 16 MB in float32
 Tensors = Sequence[Tensor]
@@ -79,7 +79,7 @@ def gradients(
             total[some] = g.sum(1)
         for i, g in enumerate(each[len(rows) :]):
             total = of_columns[i]
-            of_columns[i] = total + g.sum(0) if chosen is None else total.index_add(0, chosen, g.flatten(0, 1))
+            of_columns[i] = total + g.sum(0) if chosen is None else add_rows(total, chosen, g.flatten(0, 1))
     return [*of_rows, *of_columns]
 
 

@@ -139,7 +139,7 @@ def _turns(pair: _Pair) -> tuple[Tensor, Tensor]:
     peak = torch.minimum(torch.where(p1 > 0, -c / p1, end), torch.where(p2 > 0, -c / p2, flat))
     valley = torch.maximum(torch.where(p1 < 0, -c / p1, -end), torch.where(p2 < 0, -c / p2, -end))
     turns = limited(torch.stack((peak, valley)))
-    rising = torch.tensor((1.0, -1.0), dtype=c.dtype, device=c.device).view(2, *[1] * c.dim())
+    rising = torch.stack((torch.ones_like(c), -torch.ones_like(c)))
     for _ in range(NEWTON_STEPS):
         slope = p1 + (p2 - p1) * turns.sigmoid()
         moves = rising * slope > 0

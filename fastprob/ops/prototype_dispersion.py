@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import Indices, operator
-from fastprob.ops._maths import wide
+from fastprob.ops._maths import add_rows, wide
 
 
 def _check(*, x, prototypes, labels):
@@ -52,7 +52,7 @@ def _differences(x: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
 def _gradient(grad, x, prototypes, labels):
     grad, x, prototypes = wide(grad, x, prototypes)
     g = 2 * grad / max(x.numel(), 1) * _differences(x, prototypes, labels)
-    return g, torch.zeros_like(prototypes).index_add(0, labels, -g), None
+    return g, add_rows(torch.zeros_like(prototypes), labels, -g), None
 
 
 @operator(

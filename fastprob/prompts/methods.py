@@ -185,7 +185,7 @@ def visual_context(tower: ImageTower, length: int, deep: bool) -> nn.Parameter:
     weight = tower.patch_weight
     bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
     shape = (len(tower.blocks) if deep else 1, length, weight.shape[0])
-    return nn.Parameter(torch.empty(shape, device=weight.device).uniform_(-bound, bound))
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound).to(weight.device))
 
 
 def prompted_image_features(tower: ImageTower, images: Tensor, prompts: Tensor) -> Tensor:
