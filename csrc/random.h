@@ -27,8 +27,9 @@ typedef uint64_t Lanes __attribute__((vector_size(8 * kLanes)));
 
 FASTPROB_INLINE Lanes low_product(Lanes x, uint32_t m) {
   const Lanes factor = Lanes{} + m;
-#if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(factor)));
+#if defined(__AVX512F__)  // without a mask GCC 12 warns
+  return reinterpret_cast<Lanes>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(factor)));
 #elif defined(__AVX2__)
   return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(factor)));
 #elif defined(__SSE2__)

@@ -77,6 +77,7 @@ def _gradient(grad_t, grad_kl, x, logits, *, seed, samples, sigma, batch_dims):
     grid=({"seed": 5, "samples": 3, "sigma": 1.5}, {"seed": -(2**63), "samples": 2, "batch_dims": 1}),
     bench_sizes=((16, 50, 768), (64, 197, 768)),
     bench_options={"seed": 0, "samples": 10, "batch_dims": 1},
+    frozen=("x",),
 )
 def bottleneck(
     x: Tensor, logits: Tensor, *, seed: int, samples: int = 1, sigma: float = 1.0, batch_dims: int = 0
