@@ -121,8 +121,25 @@ def best_nearest(mu: Tensor, inv_alpha: Tensor, beta: Tensor, target: Tensor) ->
     return least.values, least.indices
 
 
+def released_bottleneck(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """M2IB's bottleneck as released, ten draws of every pair; log(1 - lambda) is infinite at logits above 17."""
+    kept = torch.sigmoid(logits)
+    mean, variance = x * kept, (1 - kept) ** 2
+    t = mean + variance.sqrt() * torch.randn(10, *x.shape, dtype=x.dtype, device=x.device)
+    return t, -0.5 * (1 + torch.log(variance) - mean**2 - variance)
+
+
+def best_bottleneck(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without roots and powers, and as the operator does it: finite, and all pairs of one noise."""
+    kept, lost = torch.sigmoid(logits), torch.sigmoid(-logits)
+    mean = kept * x
+    t = torch.addcmul(mean, lost, torch.randn(10, 1, *x.shape[1:], dtype=x.dtype, device=x.device))
+    return t, (mean.square() - kept * (1 + lost)) / 2 + F.softplus(logits)
+
+
 # Operator -> name of a baseline -> the operator's tensors to its result, in the paper's form.
 BASELINES = {
+    "bottleneck": {"eager as released": released_bottleneck, "eager best": best_bottleneck},
     "csd": {"eager best": best_csd},
     "probvlm_loss": {
         "eager as released": lambda *t: released_loss(t[:3], t[3:6], *t[6:], power=True),

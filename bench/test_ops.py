@@ -9,7 +9,7 @@ import pytest
 import torch
 from baselines import BASELINES
 from measure import Case, Implementation, Result, measure
-from verify import all_backends, require_within_budget
+from verify import all_backends, require_within_budget, timed
 
 import fastprob
 from fastprob._op import OPS
@@ -65,7 +65,7 @@ def inputs(case: Case) -> list[torch.Tensor]:
 
 def results(case: Case, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """What the operator returns, as far as shapes and types go."""
-    results = OPS[case.op].function(*[t.to("meta") for t in tensors])
+    results = timed(case.op)(*[t.to("meta") for t in tensors])
     return (results,) if isinstance(results, torch.Tensor) else results
 
 
@@ -83,7 +83,7 @@ def implementation(case: Case, name: str) -> Implementation:
     if name in modes:
         function = torch.compile(BASELINES[case.op]["eager best"], fullgraph=True, dynamic=False, mode=modes[name])
     else:
-        function = BASELINES.get(case.op, {}).get(name, getattr(fastprob, case.op))
+        function = BASELINES.get(case.op, {}).get(name, timed(case.op))
     ones = [torch.ones(r.shape, dtype=r.dtype, device=case.device) for r in results(case, inputs(case))]
 
     def forward(tensors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ def all_backends(name: str, device: str) -> list[str]:
     return [b for b in candidates if _backends._chosen(name, device.upper(), b) == b]
 
 
+def timed(name: str) -> Callable:
+    """An operator with the options that it is timed with."""
+    op = OPS[name]
+    return functools.partial(op.function, **op.bench_options)
+
+
 def value_and_grads(function, tensors) -> list[torch.Tensor]:
     """The results, and the gradients of those tensors that ask for one."""
     leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
@@ -38,7 +45,7 @@ def value_and_grads(function, tensors) -> list[torch.Tensor]:
 
 def check(name: str, tensors) -> None:
     """Raises AssertionError unless every backend is within the tests' error budget, the reference being the truth."""
-    op, function = OPS[name], getattr(fastprob, name)
+    op, function = OPS[name], timed(name)
     with fastprob.backend("reference"):
         truth = value_and_grads(function, tests_conftest.cast(tensors, torch.float64))
         reference = value_and_grads(function, tensors)
@@ -74,7 +81,7 @@ def check_draws(baseline: str, function, op, tensors) -> None:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = means(lambda seed: function(*tensors))
-        ours = means(lambda seed: op.reference(*tensors, seed=seed))
+        ours = means(lambda seed: op.reference(*tensors, **{**op.bench_options, "seed": seed}))
     for (x, x_error), (y, y_error) in zip(theirs, ours):
         deviations = (x - y) / (x_error.square() + y_error.square() + 1e-20).sqrt()
         assert deviations.square().mean() < 3, f"{baseline} is not the reference"
@@ -82,15 +89,13 @@ def check_draws(baseline: str, function, op, tensors) -> None:
 
 @functools.cache
 def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
-    """What is wrong on the operator's samples with default options, or that a baseline computes something else."""
+    """What is wrong on the operator's samples, as it is timed, or that a baseline computes something else."""
     op = OPS[name]
     try:
-        for tensors, options in op.samples(tests_conftest.maker(dtype, device)):
-            if op.options | options == op.options:
-                check(name, tests_conftest.leaves_of(tensors))
-        *_, (tensors, _) = op.samples(tests_conftest.maker())
-        tensors = tests_conftest.leaves_of(tensors)
-        truth = value_and_grads(op.reference, tensors)
+        for size in op.sizes:
+            check(name, tests_conftest.leaves_of(op.inputs(tests_conftest.maker(dtype, device), *size)))
+        tensors = tests_conftest.leaves_of(op.inputs(tests_conftest.maker(), *op.sizes[-1]))
+        truth = value_and_grads(functools.partial(op.reference, **op.bench_options), tensors)
         for baseline, function in BASELINES.get(name, {}).items():
             if "seed" in op.options:
                 check_draws(baseline, function, op, tensors)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastprob._version import __version__
 from fastprob.dropout import mc_dropout_passes
+from fastprob.ops.bottleneck import bottleneck
 from fastprob.ops.csd import csd
 from fastprob.ops.gaussian_potential import gaussian_potential
 from fastprob.ops.ggd_match_nll import ggd_match_nll
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "adapters",
     "backend",
+    "bottleneck",
     "compat",
     "csd",
     "data",

@@ -64,6 +64,7 @@ class Op:
     sizes: Sequence[tuple[int, ...]]
     grid: Sequence[Mapping[str, object]]
     bench_sizes: Sequence[tuple[int, ...]]
+    bench_options: Mapping[str, object]
     frozen: Sequence[str]
     is_scalar: Callable[..., bool] | None
     elementwise: bool
@@ -75,7 +76,7 @@ class Op:
     results: tuple[Argument, ...] = field(init=False)
     tensors: list[str] = field(init=False)  # names
     differentiable: list[str] = field(init=False)  # names of those that have a gradient
-    options: dict[str, object] = field(init=False)  # keyword options and their defaults
+    options: dict[str, object] = field(init=False)  # keyword options and their defaults, or that there is none
     function: Callable = field(init=False)  # what users call
 
     def __post_init__(self):
@@ -158,6 +159,7 @@ def operator(
     sizes: Sequence[tuple[int, ...]] = EDGE_SHAPES,
     grid: Sequence[Mapping[str, object]] = ({},),
     bench_sizes: Sequence[tuple[int, ...]] = BENCH_SHAPES,
+    bench_options: Mapping[str, object] = {},
     frozen: Sequence[str] = (),
     is_scalar: Callable[..., bool] | None = None,
     elementwise: bool = True,
@@ -179,6 +181,7 @@ def operator(
         sizes: of problems to test: edges first, and more than one tile of every kernel.
         grid: sets of options to test, their edges among them.
         bench_sizes: of problems to time, the first one on the CPU as well.
+        bench_options: to time them with, where not the defaults.
         frozen: tensors that want no gradient as a rule.
         is_scalar: `is_scalar(**options)`, where true the forward pass computes the gradients too.
         elementwise: broadcast the tensors to one shape; otherwise `check` says which shapes go together.
@@ -187,7 +190,8 @@ def operator(
     """
 
     def register(reference: Callable[P, R]) -> Callable[P, R]:
-        op = Op(reference, gradient, check, inputs, sizes, grid, bench_sizes, frozen, is_scalar, elementwise, implicit)
+        bench = bench_sizes, bench_options
+        op = Op(reference, gradient, check, inputs, sizes, grid, *bench, frozen, is_scalar, elementwise, implicit)
         _define(op)
         op.function = functools.wraps(reference)(_function(op))
         OPS[op.name] = op
@@ -199,7 +203,8 @@ def operator(
 def _function(op: Op) -> Callable:
     """What users call: binds and checks the arguments, and takes the shortest way to the kernel."""
     apply, value = differentiable(op, _LIBRARY).apply, op.overload(op.name)
-    names, count, arguments, defaults = list(op.signature.parameters), len(op.tensors), op.arguments, op.options
+    names, count, arguments = list(op.signature.parameters), len(op.tensors), op.arguments
+    defaults = {name: default for name, default in op.options.items() if default is not inspect.Parameter.empty}
     absent = {a.name: None for a in arguments if a.optional}
     results, results_of = len(op.results), (lambda all_: all_[0]) if len(op.results) == 1 else (lambda all_: all_)
     is_scalar = op.is_scalar or (lambda **_: False)

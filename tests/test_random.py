@@ -1,9 +1,13 @@
 """Random numbers by counter: known answers."""
 
+import math
+
 import pytest
 import torch
 
 from fastprob.ops import _random
+
+stats = pytest.importorskip("scipy.stats")
 
 
 def test_known_answers():
@@ -28,3 +32,20 @@ def test_dropout_keeps_its_share(p):
     assert kept.shape == (100, 1003)
     assert abs(kept.double().mean() - (1 - p)) < 0.005
     assert kept.flatten()[:7].tolist() == _random.kept(1, 7, p=p, seed=3, device="cpu").flatten().tolist()
+
+
+def test_normal_numbers():
+    """The first ones by hand, from the words of `test_known_answers`; their distribution; none tells of another."""
+    first = _random.normals(3, seed=42, stream=0, dtype=torch.float64, device="cpu")
+    radii = [(-2 * math.log(((w >> 8) + 1) / 2**24)) ** 0.5 for w in (2632642643, 314527917)]
+    angles = [2 * math.pi * w / 2**32 for w in (2012563771, 1463989207)]
+    expected = [radii[0] * math.cos(angles[0]), radii[0] * math.sin(angles[0]), radii[1] * math.cos(angles[1])]
+    torch.testing.assert_close(first.tolist(), expected, rtol=1e-14, atol=0)
+    n = 200_000
+    draws = [_random.normals(n, seed=7, stream=9, draw=d, dtype=torch.float64, device="cpu") for d in (0, 1)]
+    for x in draws:
+        assert stats.kstest(x.numpy(), stats.norm.cdf).pvalue > 0.01
+    x, y = draws
+    for a, b in [(x, y), *((x[k:], x[:-k]) for k in (1, 2, 3, 4))]:
+        for of in (lambda v: v, torch.square):
+            assert abs(torch.corrcoef(torch.stack([of(a), of(b)]))[0, 1]) < 4 / n**0.5

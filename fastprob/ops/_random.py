@@ -10,6 +10,8 @@ Source:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,14 @@ def kept(
     group = torch.arange(start >> 2, (end + 3) >> 2, device=device)
     numbers = torch.stack(words(group, seed=seed, stream=stream), 1).flatten()[start & 3 :][: end - start]
     return (numbers >= int(p * 2**32)).view(passes, units)
+
+
+def normals(count: int, *, seed: int, stream: int, draw: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count] standard normal numbers, of the elements from 0 on, by Box and Muller: an even element and the next one
+    are R cos and R sin of an angle; R is of the first one's bits and the angle of the second one's. None is above 5.8.
+    """
+    group = torch.arange((count + 3) >> 2, device=device)
+    w = torch.stack(words(group, seed=seed, stream=stream, draw=draw), 1).view(-1, 2)
+    radius = (-2 * (((w[:, 0] >> 8) + 1).to(dtype) * 2**-24).log()).sqrt()
+    angle = 2 * math.pi * (w[:, 1].to(dtype) * 2**-32)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count]
