@@ -111,7 +111,8 @@ def test_scores_are_cosines(tmp_path):
 
 def test_long_runs_stay_finite(tmp_path):
     """With a at +-hundreds, where 1 - lambda is 0 and its logarithm is not."""
-    model, (images, texts) = build(tmp_path, dtype=torch.float32), pairs(2, torch.float32)
+    images, texts = pairs(2, torch.float32)
+    model = build(tmp_path, dtype=torch.float32, vision={"layers": 2}, text={"layers": 2})
     result = M2IB(model, tokenizer, steps=1000, samples=1)(images, texts)
     for maps in (result.image, result.text):
         assert maps.isfinite().all() and maps.min() == 0 and maps.max() == 1
