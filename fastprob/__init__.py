@@ -28,6 +28,7 @@ del load
 __all__ = [
     "__version__",
     "adapters",
+    "attribution",
     "backend",
     "bottleneck",
     "compat",
@@ -57,7 +58,18 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from fastprob import adapters, compat, data, distributions, encoders, evaluation, nn, prompts, training
+    from fastprob import (
+        adapters,
+        attribution,
+        compat,
+        data,
+        distributions,
+        encoders,
+        evaluation,
+        nn,
+        prompts,
+        training,
+    )
 else:
 
     def __getattr__(name: str):

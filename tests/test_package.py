@@ -10,7 +10,18 @@ import pytest
 
 import fastprob
 
-SUBPACKAGES = ["adapters", "compat", "data", "distributions", "encoders", "evaluation", "nn", "prompts", "training"]
+SUBPACKAGES = [
+    "adapters",
+    "attribution",
+    "compat",
+    "data",
+    "distributions",
+    "encoders",
+    "evaluation",
+    "nn",
+    "prompts",
+    "training",
+]
 LAZY = f"""
 import sys
 import fastprob
