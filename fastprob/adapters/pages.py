@@ -14,6 +14,7 @@ from fastprob.adapters.report import Report
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import EXPLANATION, Calibration
 from fastprob.evaluation.comparison import EXPLANATION as ABOUT_SCORES
+from fastprob.evaluation.comparison import decimals
 from fastprob.evaluation.examples import Pictures, examples
 from fastprob.evaluation.page import Section, Table, write_page
 
@@ -157,11 +158,11 @@ def _comparisons(report: Report) -> list[Table]:
     tables = []
     for question, comparison in report.comparisons.items():
         rows = [
-            (name, str(one.aurc), str(one.auroc), "" if one.ece is None else f"{one.ece:.3f}")
+            (name, str(one.aurc), str(one.auroc), decimals(one.ece), decimals(one.nll))
             for name, one in sorted(comparison.scores.items(), key=lambda item: item[1].aurc.value)
         ]
         facts = [("first match wrong", f"{comparison.error:.3f}")]
-        tables.append(Table(_arrow(question), ("score", "AURC [95 %]", "AUROC [95 %]", "ECE"), rows, facts))
+        tables.append(Table(_arrow(question), ("score", "AURC [95 %]", "AUROC [95 %]", "ECE", "NLL"), rows, facts))
     return tables
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy
 
 from fastprob.evaluation.calibration import expected_calibration_error
 from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate
@@ -24,6 +25,12 @@ class Judged:
     auroc: Estimate
     ece: float | None
     """Expected calibration error of a score that is a probability of error, else None."""
+    nll: float | None
+    """Mean negative log-likelihood, in nats, of what is wrong under a score that is a probability p of error, else None:
+
+        -log p of a wrong query, -log(1 - p) of a right one, each at most 100
+
+    so that a probability of 0 or 1 that was refuted is finite too."""
     risk: list[float]
     """Share of wrong ones among the most certain 1 %, 2 %, ... 100 % of the queries."""
 
@@ -44,11 +51,11 @@ class Comparison:
     def table(self) -> str:
         """A line a score, the best first, as text."""
         width = max(len(name) for name in self.scores)
-        lines = [f"{'':{width}}   AURC [95 %]             AUROC [95 %]            ECE"]
+        lines = [f"{'':{width}}   AURC [95 %]             AUROC [95 %]            ECE     NLL"]
         for name in sorted(self.scores, key=lambda name: self.scores[name].aurc.value):
             one = self.scores[name]
-            ece = "" if one.ece is None else f"{one.ece:.3f}"
-            lines.append(f"{name:{width}}   {one.aurc!s:21}   {one.auroc!s:21}   {ece}".rstrip())
+            ece, nll = decimals(one.ece), decimals(one.nll)
+            lines.append(f"{name:{width}}   {one.aurc!s:21}   {one.auroc!s:21}   {ece:5}   {nll}".rstrip())
         return "\n".join(lines)
 
 
@@ -56,7 +63,14 @@ EXPLANATION = """\
 AURC is the share of wrong answers among the answered queries, the most certain first, averaged over all shares that are
 answered: less is better, and a score that says nothing has the error rate. AUROC is the probability that a wrong query
 has the larger score of a wrong and a right one: 0.5 says nothing, below that the score is inverted. ECE is how far a
-probability of error is from the share that is wrong."""
+probability of error is from the share that is wrong. NLL is the mean of -log of the probability that was given to what
+came out, wrong or right, in nats: less is better, the error rate e for every query has -e log e - (1 - e) log(1 - e), and
+a query of which the opposite was certain counts 100."""
+
+
+def decimals(value: float | None) -> str:
+    """A figure of a table, "" for None."""
+    return "" if value is None else f"{value:.3f}"
 
 
 def compare(
@@ -78,17 +92,26 @@ def compare(
         draws, seed: of the bootstrap; seed also of the random score.
 
     Raises:
-        ValueError: as `Ranked`.
+        ValueError: as `Ranked`, or a probability outside of [0, 1].
     """
     chance = torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed))
     resampled, judged = Bootstrap(group, draws, seed), {}
     for name, score in {**scores, RANDOM: chance}.items():
         ranked = Ranked(score, wrong)
-        ece = expected_calibration_error(score, wrong) if name in probabilities else None
+        ece, nll = _of_probability(name, score, wrong) if name in probabilities else (None, None)
         both = bool(wrong.any()) and not bool(wrong.all())
         auroc = estimate(ranked.auroc, resampled) if both else Estimate(math.nan, math.nan, math.nan)
-        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, _risks(ranked))
+        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, nll, _risks(ranked))
     return Comparison(float(wrong.double().mean()), judged)
+
+
+def _of_probability(name: str, p: Tensor, wrong: Tensor) -> tuple[float, float]:
+    """Expected calibration error and negative log-likelihood."""
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(
+            f"compare: {name} must be probabilities, from 0 to 1, got {float(p.min())} to {float(p.max())}"
+        )
+    return expected_calibration_error(p, wrong), float(binary_cross_entropy(p.double(), wrong.double()))
 
 
 def _risks(ranked: Ranked) -> list[float]:
