@@ -35,7 +35,7 @@ def test_scores_side_by_side():
 
 
 def test_a_certainty_that_was_refuted_is_finite():
-    """A query costs 100 nats at most: the second and the last were certain of the opposite, the third had p = e^-200."""
+    """A query costs 100 nats at most: the second and the last were certain of the opposite, the third nearly."""
     p = torch.tensor([0, 0, math.exp(-200), 0.5, 1, 1], dtype=torch.float64)
     wrong = torch.tensor([False, True, True, True, True, False])
     got = compare({"p": p}, wrong, torch.arange(6), probabilities=("p",)).scores["p"]

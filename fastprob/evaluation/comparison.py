@@ -13,8 +13,10 @@ from torch.nn.functional import binary_cross_entropy
 
 from fastprob.evaluation.calibration import expected_calibration_error
 from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate
+from fastprob.evaluation.tables import aligned
 
 RANDOM = "random"
+HEADER = ("score", "AURC [95 %]", "AUROC [95 %]", "ECE", "NLL")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,8 @@ class Judged:
     ece: float | None
     """Expected calibration error of a score that is a probability of error, else None."""
     nll: float | None
-    """Mean negative log-likelihood, in nats, of what is wrong under a score that is a probability p of error, else None:
-
-        -log p of a wrong query, -log(1 - p) of a right one, each at most 100
-
-    so that a probability of 0 or 1 that was refuted is finite too."""
+    """Mean negative log-likelihood in nats of a score that is a probability p of error, else None: -log p of a wrong
+    query, -log(1 - p) of a right one, each at most 100, so that it is finite where a p of 0 or 1 was refuted."""
     risk: list[float]
     """Share of wrong ones among the most certain 1 %, 2 %, ... 100 % of the queries."""
 
@@ -50,26 +49,24 @@ class Comparison:
 
     def table(self) -> str:
         """A line a score, the best first, as text."""
-        width = max(len(name) for name in self.scores)
-        lines = [f"{'':{width}}   AURC [95 %]             AUROC [95 %]            ECE     NLL"]
-        for name in sorted(self.scores, key=lambda name: self.scores[name].aurc.value):
-            one = self.scores[name]
-            ece, nll = decimals(one.ece), decimals(one.nll)
-            lines.append(f"{name:{width}}   {one.aurc!s:21}   {one.auroc!s:21}   {ece:5}   {nll}".rstrip())
-        return "\n".join(lines)
+        return aligned(HEADER, self.rows())
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """What stands under `HEADER`, the best score first."""
+        best_first = sorted(self.scores.items(), key=lambda item: item[1].aurc.value)
+        return [(name, str(one.aurc), str(one.auroc), _cell(one.ece), _cell(one.nll)) for name, one in best_first]
 
 
 EXPLANATION = """\
 AURC is the share of wrong answers among the answered queries, the most certain first, averaged over all shares that are
 answered: less is better, and a score that says nothing has the error rate. AUROC is the probability that a wrong query
 has the larger score of a wrong and a right one: 0.5 says nothing, below that the score is inverted. ECE is how far a
-probability of error is from the share that is wrong. NLL is the mean of -log of the probability that was given to what
-came out, wrong or right, in nats: less is better, the error rate e for every query has -e log e - (1 - e) log(1 - e), and
-a query of which the opposite was certain counts 100."""
+probability of error is from the share that is wrong. NLL is its mean negative log-likelihood in nats, -log of the
+probability that was given to what came out, at most 100 a query: less is better, and the error rate e, said of every
+query, has -e log e - (1 - e) log(1 - e)."""
 
 
-def decimals(value: float | None) -> str:
-    """A figure of a table, "" for None."""
+def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
