@@ -14,9 +14,9 @@ from torch import Tensor
 from fastprob.adapters.adapter import ProbVLM
 from fastprob.adapters.error import SIDES, ErrorModels, Variances, variances
 from fastprob.data.store import EmbeddingStore
-from fastprob.evaluation.comparison import compare
+from fastprob.evaluation.comparison import DRAWS, with_random
 from fastprob.evaluation.retrieval import Found, nearest
-from fastprob.evaluation.selective import Estimate, same
+from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate, same
 
 DIRECTIONS = {"image": "image -> text", "text": "text -> image"}  # by who asks
 TOTAL, COSINE, P_WRONG = "total uncertainty", "1 - max cosine", "p(wrong)"
@@ -71,6 +71,9 @@ def outside_aurocs(
             values = signals[side].values
             scores = plain_scores(both, 1 - values["distance"]) | fitted_scores(error, side, values)
         stranger = torch.arange(here + len(rows)) >= here
-        judged = compare(scores, stranger, group[side]).scores
-        result[DIRECTIONS[side]] = {name: each.auroc for name, each in judged.items()}
+        draws = Bootstrap(group[side], DRAWS)
+        result[DIRECTIONS[side]] = {
+            name: estimate(Ranked(score, stranger).auroc, draws)
+            for name, score in with_random(scores, len(stranger)).items()
+        }
     return result

@@ -16,6 +16,7 @@ from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate
 from fastprob.evaluation.tables import aligned
 
 RANDOM = "random"
+DRAWS = 400  # of a bootstrap
 HEADER = ("score", "AURC [95 %]", "AUROC [95 %]", "ECE", "NLL")
 
 
@@ -76,7 +77,7 @@ def compare(
     group: Tensor,
     *,
     probabilities: Collection[str] = (),
-    draws: int = 400,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Comparison:
     """Judge scores of Q queries, and a random one beside them.
@@ -91,15 +92,19 @@ def compare(
     Raises:
         ValueError: as `Ranked`, or a probability outside of [0, 1].
     """
-    chance = torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed))
     resampled, judged = Bootstrap(group, draws, seed), {}
-    for name, score in {**scores, RANDOM: chance}.items():
+    for name, score in with_random(scores, len(wrong), seed).items():
         ranked = Ranked(score, wrong)
         ece, nll = _of_probability(name, score, wrong) if name in probabilities else (None, None)
         both = bool(wrong.any()) and not bool(wrong.all())
         auroc = estimate(ranked.auroc, resampled) if both else Estimate(math.nan, math.nan, math.nan)
         judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, nll, _risks(ranked))
     return Comparison(float(wrong.double().mean()), judged)
+
+
+def with_random(scores: Mapping[str, Tensor], queries: int, seed: int = 0) -> dict[str, Tensor]:
+    """The scores, and a random one of as many queries behind them."""
+    return {**scores, RANDOM: torch.rand(queries, generator=torch.Generator().manual_seed(seed))}
 
 
 def _of_probability(name: str, p: Tensor, wrong: Tensor) -> tuple[float, float]:
