@@ -1,5 +1,6 @@
 """The probability of a wrong first match: its formula, its calibration at several sizes of gallery, its file."""
 
+import json
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
+from fastprob._files import read_tensors, write_tensors
 from fastprob.adapters import PairedEmbeddings, ProbVLM
 from fastprob.adapters.error import FILE, SIDES, ErrorModels, beside, fit_error, store_signals, variances
 from fastprob.evaluation.calibration import expected_calibration_error
@@ -193,6 +195,32 @@ def test_saved_and_loaded(fitted, tmp_path):
     ProbVLM(8, hidden=4).save(tmp_path / "adapter")
     with pytest.raises(ValueError, match="must be what `save` writes"):
         ErrorModels.load(tmp_path / "adapter")
+
+
+def test_thresholds_of_conformal_sets(fitted, tmp_path):
+    """Of 600 pairs the floor(601 (1 - c))-th smallest cosine; of 18 no promise of 0.95 can be kept, which takes 19."""
+    data = pairs(300, 0)
+    own = sorted((normalize(data.text, dim=1) * normalize(data.image, dim=1)[data.caption_image]).sum(1).tolist())
+    assert fitted.conformal == pytest.approx({0.8: own[119], 0.9: own[59], 0.95: own[29]}, abs=1e-6)
+    assert list(fit_error(pairs(9, 2, dim=2)).conformal) == [0.8, 0.9]
+    truth = data.caption_image[:, None] // 20 == torch.arange(300) // 20
+    assert fit_error(data, match=truth.T, rule="true").conformal == fitted.conformal  # own pairs, whatever the rule
+    fitted.save(tmp_path / FILE)
+    assert beside(tmp_path).conformal == fitted.conformal
+
+
+def test_files_from_before_have_no_thresholds(fitted, tmp_path):
+    fitted.save(tmp_path / FILE)
+    tensors, metadata = read_tensors("test", tmp_path / FILE)
+    about = json.loads(metadata["error"])
+    before = {name: value for name, value in about.items() if name != "conformal"}
+    write_tensors(tmp_path / FILE, tensors, {"error": json.dumps(before)})
+    loaded, data = beside(tmp_path), pairs(20, 2)
+    assert loaded.conformal == {} and loaded(data)["text"].equal(fitted(data)["text"])
+    for damaged in (3, [[0.8]], [["most", 0.1]]):
+        write_tensors(tmp_path / FILE, tensors, {"error": json.dumps(about | {"conformal": damaged})})
+        with pytest.raises(ValueError, match="must be what `save` writes"):
+            beside(tmp_path)
 
 
 def test_what_can_not_be_fitted_is_named(fitted):

@@ -19,8 +19,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from fastprob._files import read_tensors, write_tensors
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.uncertainty import ROWS, predict
 from fastprob.data.pairs import Paired, PairedEmbeddings, check_paired
+from fastprob.evaluation.conformal import COVERAGES, conformal_threshold, fewest_pairs
 from fastprob.evaluation.error import ErrorModel, fit_error_model
 from fastprob.evaluation.retrieval import Match, find_matches
 from fastprob.evaluation.selective import same
@@ -69,6 +70,9 @@ class ErrorModels:
     """`digest` of the adapter that it was fitted with."""
     rule: str = "own"
     """What a match was: "own", an item's own; else a name for the `match` that was given."""
+    conformal: Mapping[float, float] = field(default_factory=dict)
+    """Promised coverage -> the least cosine of an item of a set, for those of `COVERAGES` that the pairs allowed. The
+    promise is of the image that a text was written for, whatever the rule; see `fastprob.evaluation.conformal`."""
 
     def __call__(
         self, data: Paired, *, captions: Sequence[str] | None = None, adapter: ProbVLM | None = None, seed: int = 0
@@ -91,6 +95,30 @@ class ErrorModels:
     ) -> dict[str, Signals]:
         """What the probabilities are made of, by side. Arguments and errors as of a call."""
         return store_signals(data, self.temperature, captions, self._variances(data, adapter, seed))
+
+    def signals_beside(
+        self,
+        data: Paired,
+        outside: Paired,
+        *,
+        captions: Sequence[Hashable] | None = None,
+        adapter: ProbVLM | None = None,
+        seed: int = 0,
+    ) -> dict[str, Signals]:
+        """Signals of the queries of `data`, then of those of `outside`, that all look for items of `data`, by side.
+
+        captions: what the texts of both are; the other arguments and errors as of a call.
+        """
+        here, there = (self._variances(each, adapter, seed) for each in (data, outside))
+        texts, found = captions and captions[: len(data.text)], {}
+        for side, other in _OTHER.items():
+            rows = torch.cat([getattr(data, side), getattr(outside, side)])
+            known = here and here | {
+                side: {kind: torch.cat([of, there[side][kind]]) for kind, of in here[side].items()}
+            }
+            asked = _Rows(**{side: rows, other: getattr(data, other)})
+            found[side] = store_signals(asked, self.temperature, texts if side == "image" else captions, known)[side]
+        return found
 
     def of_query(
         self,
@@ -129,7 +157,7 @@ class ErrorModels:
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; equal models are equal bytes."""
         tensors, about = {}, {"version": _VERSION, "temperature": self.temperature, "passes": self.passes}
-        about |= {"adapter": self.adapter, "rule": self.rule}
+        about |= {"adapter": self.adapter, "rule": self.rule, "conformal": list(self.conformal.items())}
         for side in SIDES:
             model = getattr(self, side)
             about[side] = {"names": model.names, "bias": model.bias}
@@ -146,7 +174,8 @@ class ErrorModels:
                 raise ValueError(f"version {_VERSION} was expected, got {about['version']}")
             models = {side: _model(tensors, side, **about[side]) for side in SIDES}
             known = {name: about[name] for name in ("temperature", "passes", "adapter", "rule")}
-            return cls(**models, **known)
+            conformal = {float(coverage): float(least) for coverage, least in about.get("conformal", [])}
+            return cls(**models, **known, conformal=conformal)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"ErrorModels.load: {path} must be what `save` writes: {error!r}") from error
 
@@ -168,7 +197,7 @@ def fit_error(
     passes: int = 20,
     seed: int = 0,
 ) -> ErrorModels:
-    """Fit the probability that the first match is wrong on pairs that no adapter was trained on.
+    """Fit the probability that the first match is wrong on pairs that no adapter was trained on, and conformal sets.
 
     Args:
         data: the pairs.
@@ -196,10 +225,10 @@ def fit_error(
         for side, place in zip(SIDES, find_matches(some.image, some.text, _match_of(match, images, texts))):
             rows[side].append((found[side].values, place.rank > 0, group[side][which[side]]))
     models = {side: fit_error_model(*_joined(parts)) for side, parts in rows.items()}
-    fitted = {} if adapter is None else {"adapter": digest(adapter)}
-    return ErrorModels(
-        **models, temperature=temperature, passes=None if adapter is None else passes, rule=rule, **fitted
-    )
+    fitted = {"passes": None} if adapter is None else {"passes": passes, "adapter": digest(adapter)}
+    promised = [coverage for coverage in COVERAGES if len(data.text) >= fewest_pairs(coverage)]
+    conformal = {coverage: conformal_threshold(data, coverage) for coverage in promised}
+    return ErrorModels(**models, temperature=temperature, rule=rule, conformal=conformal, **fitted)
 
 
 def _part(data: Paired, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +258,7 @@ def _joined(parts: list[tuple[dict[str, Tensor], Tensor, Tensor]]) -> tuple[dict
 
 
 def store_signals(
-    data: Paired, temperature: float, captions: Sequence[str] | None = None, known: Variances | None = None
+    data: Paired, temperature: float, captions: Sequence[Hashable] | None = None, known: Variances | None = None
 ) -> dict[str, Signals]:
     """Signals of all images and texts by side; `items` are rows of the other side.
 
@@ -253,7 +282,7 @@ def _log(variance: Tensor) -> Tensor:
     return variance.double().clamp(_LEAST, 1 / _LEAST).log()
 
 
-def _which(data: Paired, captions: Sequence[str] | None) -> Tensor:
+def _which(data: Paired, captions: Sequence[Hashable] | None) -> Tensor:
     """[M] which of the different captions each text is."""
     return torch.arange(len(data.text)) if captions is None else same(captions)
 

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from fastprob.adapters.report import Report
+from fastprob.adapters.scores import ABOUT_OUTSIDE
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.calibration import EXPLANATION, Calibration
 from fastprob.evaluation.comparison import EXPLANATION as ABOUT_SCORES
+from fastprob.evaluation.comparison import HEADER
+from fastprob.evaluation.conformal import EXPLANATION as ABOUT_SETS
+from fastprob.evaluation.conformal import HEADER as SETS_HEADER
+from fastprob.evaluation.conformal import table_rows
 from fastprob.evaluation.examples import Pictures, examples
 from fastprob.evaluation.page import Section, Table, write_page
 
@@ -66,6 +71,8 @@ def write_report_page(
         _what_it_says(report),
         *([Section("Figures", figures=figures)] if figures else []),
         Section("Which score tells wrong from right?", [ABOUT_SCORES], tables=_comparisons(report)),
+        *_conformal(report),
+        *_outside(report),
         Section("Levels of uncertainty", tables=[_table(*direction) for direction in directions]),
         *examples(store, uncertainty, **options),
     ]
@@ -156,13 +163,25 @@ def _table(name: str, found: Calibration) -> Table:
 def _comparisons(report: Report) -> list[Table]:
     tables = []
     for question, comparison in report.comparisons.items():
-        rows = [
-            (name, str(one.aurc), str(one.auroc), "" if one.ece is None else f"{one.ece:.3f}")
-            for name, one in sorted(comparison.scores.items(), key=lambda item: item[1].aurc.value)
-        ]
         facts = [("first match wrong", f"{comparison.error:.3f}")]
-        tables.append(Table(_arrow(question), ("score", "AURC [95 %]", "AUROC [95 %]", "ECE"), rows, facts))
+        tables.append(Table(_arrow(question), HEADER, comparison.rows(), facts))
     return tables
+
+
+def _conformal(report: Report) -> list[Section]:
+    if not report.conformal:
+        return []
+    table = Table("Texts' images, images' texts", SETS_HEADER, table_rows(report.conformal))
+    return [Section("Sets that hold the match as often as promised", [ABOUT_SETS], tables=[table])]
+
+
+def _outside(report: Report) -> list[Section]:
+    if report.outside_source is None:
+        return []
+    source = report.outside_source
+    facts = [("Outside", f"{source['dataset']}, {source['images']:,} images")]
+    table = Table("AUROC [95 %]", ("score", *map(_arrow, report.outside)), report.outside_rows)
+    return [Section("Which score tells what has no match here?", [ABOUT_OUTSIDE], facts, tables=[table])]
 
 
 def _arrow(name: str) -> str:

@@ -13,20 +13,29 @@ from torch import Tensor
 
 from fastprob._files import write_atomically
 from fastprob.adapters.adapter import ProbVLM
-from fastprob.adapters.error import SIDES, ErrorModels, Variances, variances
+from fastprob.adapters.error import SIDES, ErrorModels, variances
+from fastprob.adapters.scores import (
+    ABOUT_OUTSIDE,
+    DIRECTIONS,
+    P_WRONG,
+    TOTAL,
+    fitted_scores,
+    outside_aurocs,
+    plain_scores,
+)
 from fastprob.adapters.training import nll
-from fastprob.data.store import EmbeddingStore
+from fastprob.data.store import EmbeddingStore, check_same_encoder
 from fastprob.evaluation.calibration import EXPLANATION, Calibration, Evaluation, evaluation_of
 from fastprob.evaluation.comparison import EXPLANATION as ABOUT_SCORES
 from fastprob.evaluation.comparison import Comparison, compare
+from fastprob.evaluation.conformal import EXPLANATION as ABOUT_SETS
+from fastprob.evaluation.conformal import HEADER, Sets, sets_by_threshold, table_rows
 from fastprob.evaluation.figures import recall_by_level, risk_coverage, uncertainty_by_ambiguity
 from fastprob.evaluation.plots import COLOURS, axes_of_figure, save_figure
 from fastprob.evaluation.retrieval import Found, find_matches
-from fastprob.evaluation.selective import same
+from fastprob.evaluation.selective import Estimate, same
 from fastprob.evaluation.statistics import spearman
-
-DIRECTIONS = {"image": "image -> text", "text": "text -> image"}  # by who asks
-TOTAL, COSINE, P_WRONG = "total uncertainty", "1 - max cosine", "p(wrong)"
+from fastprob.evaluation.tables import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,19 @@ class Report:
     """[M] total uncertainty of each caption, mean over D."""
     ambiguity: Tensor | None
     """[M] how many images each caption fits, where the store knows."""
+    conformal: dict[float, dict[str, Sets]] = dataclasses.field(default_factory=dict)
+    """Promised coverage -> "text" and "image" -> what the conformal sets of these queries hold, where thresholds were
+    fitted. The promise is of texts, and of the image that each was written for, by whatever rule of a match."""
+    outside: dict[str, dict[str, Estimate]] = dataclasses.field(default_factory=dict)
+    """Direction -> score -> AUROC with which it tells queries that have no match here, where such were given."""
+    outside_source: dict[str, Any] | None = None
+    """Of the store that these are from, as `source`."""
+
+    @property
+    def outside_rows(self) -> list[tuple[str, ...]]:
+        """Of a table: each score with its AUROC in every direction."""
+        names = next(iter(self.outside.values()), {})
+        return [(name, *(str(of[name]) for of in self.outside.values())) for name in names]
 
     @property
     def ambiguity_spearman(self) -> float | None:
@@ -78,7 +100,13 @@ class Report:
         lines = []
         for question, comparison in self.comparisons.items():
             lines += [f"{question}: first match wrong {comparison.error:.3f}", comparison.table(), ""]
-        lines += [ABOUT_SCORES, "", self.evaluation.table(), "", *self.summary, ""]
+        lines += [ABOUT_SCORES, ""]
+        if self.conformal:
+            lines += ["Conformal sets", aligned(HEADER, table_rows(self.conformal)), "", ABOUT_SETS, ""]
+        if self.outside:
+            lines += [f"From outside, {self.outside_source['dataset']}: AUROC [95 %]"]
+            lines += [aligned(("score", *self.outside), self.outside_rows), "", ABOUT_OUTSIDE, ""]
+        lines += [self.evaluation.table(), "", *self.summary, ""]
         lines += [EXPLANATION, f"A match is {self.rule} here."]
         for name, calibration in self.evaluation.directions.items():
             if calibration.inverted:
@@ -88,11 +116,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON types; what is undefined (NaN) is None."""
-        values = {name: getattr(self, name) for name in ("source", "match", "passes", "seed", "nll")}
+        names = ("source", "match", "passes", "seed", "nll", "conformal", "outside", "outside_source")
+        values = {name: getattr(self, name) for name in names}
         values["image_to_text"] = _calibration(self.evaluation.image_to_text)
         values["text_to_image"] = _calibration(self.evaluation.text_to_image)
         values["ambiguity_spearman"] = self.ambiguity_spearman
-        values["comparisons"] = {name: dataclasses.asdict(each) for name, each in self.comparisons.items()}
+        values["comparisons"] = self.comparisons
         return _without_nan(values)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -123,6 +152,7 @@ def evaluate_store(
     *,
     truth: Tensor | None = None,
     error: ErrorModels | None = None,
+    outside: EmbeddingStore | None = None,
     passes: int = 20,
     levels: int = 10,
     seed: int = 0,
@@ -134,26 +164,38 @@ def evaluate_store(
         store: embeddings of the model's width. With labels, a caption is right for every image of its class;
             without, for the image that it was written for.
         truth: which texts are true of which images, bool [M, N]: a second rule, beside the first.
-        error: the probability of error that was fitted for this adapter; its signals are judged beside it.
+        error: the probability of error that was fitted for this adapter; its signals are judged beside it, and the
+            conformal sets of its thresholds.
+        outside: embeddings by the same encoder, whose images and texts have no match in `store`: how well each score
+            tells them. Their queries and the store's ask together, so that they are among each other's signals.
         passes, seed: dropout passes, see `predict`.
         levels: of uncertainty, see `evaluate`.
 
     Raises:
-        ValueError: a width other than the model's, or as `nll`, `predict` and `evaluate`.
+        ValueError: a width other than the model's, another encoder outside, or as `nll`, `predict` and `evaluate`.
     """
-    if model.config["dim"] != store.dim:
-        raise ValueError(
-            f"evaluate_store: the model takes dimension {model.config['dim']}, {store.path} has {store.dim}"
-        )
+    for each in (store,) if outside is None else (store, outside):
+        if model.config["dim"] != each.dim:
+            raise ValueError(
+                f"evaluate_store: the model takes dimension {model.config['dim']}, {each.path} has {each.dim}"
+            )
+        check_same_encoder(store.encoder, str(store.path), each)
     known = variances(model, store, passes, seed)
-    total = {side: torch.stack(list(of.values())).sum(0) for side, of in known.items()}
     labels = store.labels
     rule, match = "image", (torch.arange(len(store.image)), store.caption_image)
     if labels is not None:
         rule, match = "class", (labels, labels[store.caption_image])
     found = find_matches(store.image, store.text, match)
-    evaluation = evaluation_of(found, total["image"], total["text"], levels=levels)  # checks levels and scores
-    scores = _scores(model, store, known, total, found, error, seed)
+    scores = {side: plain_scores(known[side], place.first) for side, place in zip(SIDES, found)}
+    total = [scores[side][TOTAL] for side in SIDES]
+    evaluation = evaluation_of(found, *total, levels=levels)  # checks levels and scores
+    if error is not None:
+        for side, signals in error.signals(store, captions=store.captions, adapter=model, seed=seed).items():
+            scores[side] |= fitted_scores(error, side, signals.values)
+    strangers: dict[str, dict[str, Estimate]] = {}
+    if outside is not None:
+        options = {"known": known, "found": found, "error": error, "passes": passes, "seed": seed}
+        strangers = outside_aurocs(model, store, outside, **options)
     rules = {"own" if rule == "image" else rule: found}
     if truth is not None:
         rules["true"] = find_matches(store.image, store.text, truth.T)
@@ -169,32 +211,13 @@ def evaluate_store(
         nll=nll(model, store),
         evaluation=evaluation,
         comparisons=comparisons,
-        image_uncertainty=total["image"],
-        text_uncertainty=total["text"],
+        image_uncertainty=total[0],
+        text_uncertainty=total[1],
         ambiguity=store.ambiguity,
+        conformal={} if error is None else _conformal(store, error.conformal),
+        outside=strangers,
+        outside_source=None if outside is None else outside.metadata["source"],
     )
-
-
-def _scores(
-    model: ProbVLM,
-    store: EmbeddingStore,
-    known: Variances,
-    total: Mapping[str, Tensor],
-    found: tuple[Found, Found],
-    error: ErrorModels | None,
-    seed: int,
-) -> dict[str, dict[str, Tensor]]:
-    """Side -> name -> score of each query."""
-    scores: dict[str, dict[str, Tensor]] = {}
-    for side, place in zip(SIDES, found):
-        scores[side] = {TOTAL: total[side], **known[side], COSINE: 1 - place.first}
-    if error is None:
-        return scores
-    for side, of_side in error.signals(store, captions=store.captions, adapter=model, seed=seed).items():
-        values = of_side.values
-        p = getattr(error, side)(values)
-        scores[side] |= {"margin": values["margin_2"], "entropy": values["entropy_1"], P_WRONG: p}
-    return scores
 
 
 def _compare(
@@ -210,6 +233,10 @@ def _compare(
         question = f"{DIRECTIONS[side]}, {rule}"
         result[question] = compare(judged, of.rank > 0, group[side], probabilities=(P_WRONG,))
     return result
+
+
+def _conformal(store: EmbeddingStore, least: Mapping[float, float]) -> dict[float, dict[str, Sets]]:
+    return dict(zip(least, sets_by_threshold(store, list(least.values())))) if least else {}
 
 
 def training_curves(history: Mapping, path: str | os.PathLike) -> Path:
@@ -244,6 +271,8 @@ def _calibration(result: Calibration) -> dict[str, Any]:
 
 
 def _without_nan(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _without_nan(dataclasses.asdict(value))
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,5 @@
-"""`fastprob calibrate`: the probability that the first match is wrong, fitted once and kept beside an adapter."""
+"""`fastprob calibrate`: the probability that the first match is wrong, and how near a set's items have to be that the
+right one is among them, fitted once and kept beside an adapter."""
 
 from __future__ import annotations
 
@@ -37,6 +38,8 @@ def calibrate(args: argparse.Namespace) -> None:
     p = model(store, captions=store.captions, adapter=adapter)
     for side in SIDES:
         print(f"{side}s: the first match is wrong with a mean probability of {float(p[side].mean()):.3f}")
+    for coverage, least in model.conformal.items():
+        print(f"texts: their own image has a cosine of {least:.3f} or more with a probability of {coverage}")
     print(f"{file}: eval, predict and rank use it")
 
 

@@ -144,6 +144,7 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
 def fit(args: argparse.Namespace) -> None:
     from fastprob.adapters import TrainConfig, fit
     from fastprob.adapters.training import CHECKPOINT, ENCODER
+    from fastprob.data.store import check_same_encoder
 
     if not args.resume and (args.out / "last.pt").exists():
         raise ValueError(f"{args.out} holds a run already; go on with it by --resume, or choose another --out")
@@ -151,7 +152,7 @@ def fit(args: argparse.Namespace) -> None:
     data = open_store(args.store)
     validation = None if args.val_store is None else open_store(args.val_store)
     if validation is not None:
-        _check_same_encoder(data.encoder, str(data.path), validation)
+        check_same_encoder(data.encoder, str(data.path), validation)
     if args.resume:
         _check_encoder(args.out / ENCODER, data)
     options = {"validation": validation, "directory": args.out, "resume": args.resume, "device": device_of(args.device)}
@@ -162,10 +163,14 @@ def fit(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- eval
 
 
+OUTSIDE = "another store of this encoder, whose images and texts have no match in --store: which score tells them?"
+
+
 def eval_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser)
     parser.add_argument("--levels", type=int, default=10, help="levels of uncertainty (default: 10)")
     parser.add_argument("--truth", type=Path, help=TRUTH)
+    parser.add_argument("--outside", type=Path, help=OUTSIDE)
     parser.add_argument(
         "--out", type=Path, help="directory of report.json, report.html and figures (default: only print)"
     )
@@ -216,7 +221,8 @@ def evaluate(args: argparse.Namespace) -> None:
     store, model = open_adapter(args)
     of_page = _of_page(args, store)
     truth = None if args.truth is None else read_truth(args.truth, len(store.text), len(store.image))
-    known = {"truth": truth, "error": beside(args.checkpoint)}
+    outside = None if args.outside is None else open_store(args.outside)
+    known = {"truth": truth, "error": beside(args.checkpoint), "outside": outside}
     report = evaluate_store(model, store, passes=args.passes, levels=args.levels, seed=args.seed, **known)
     print(store, f"\n\n{report.table()}", sep="")
     if args.out is not None:
@@ -315,6 +321,8 @@ def find_query(args: argparse.Namespace, store: EmbeddingStore) -> tuple[str, in
 
 def _check_encoder(file: Path, store: EmbeddingStore) -> None:
     """Raises ValueError when a run's encoder file is damaged or names another encoder. No file, no check."""
+    from fastprob.data.store import check_same_encoder
+
     if not file.exists():
         return
     try:
@@ -323,17 +331,7 @@ def _check_encoder(file: Path, store: EmbeddingStore) -> None:
         raise ValueError(f"{file}: expected the JSON of an encoder, got: {error}") from error
     if not isinstance(encoder, dict) or not {"model", "fingerprint"} <= encoder.keys():
         raise ValueError(f"{file}: expected an encoder's model and fingerprint, got {encoder!r}")
-    _check_same_encoder(encoder, str(file.parent), store)
-
-
-def _check_same_encoder(encoder: dict[str, Any], owner: str, store: EmbeddingStore) -> None:
-    """Equal widths are not enough: adapters do not transfer between encoders. Arrays may have no more than a name, or
-    not even that: what one of the two does not know can't be compared."""
-    for key in ("fingerprint", "model"):
-        if encoder[key] is not None and store.encoder[key] is not None:
-            if encoder[key] != store.encoder[key]:
-                raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {store.encoder}")
-            return
+    check_same_encoder(encoder, str(file.parent), store)
 
 
 COMMANDS = {

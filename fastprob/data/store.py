@@ -157,6 +157,19 @@ def embed(
     return write_store(path, content, overwrite=overwrite, progress=progress)
 
 
+def check_same_encoder(encoder: dict[str, Any], owner: str, store: EmbeddingStore) -> None:
+    """Raise ValueError where the encoder of `owner`, its name in the message, is known not to be the store's.
+
+    Equal widths are not enough: adapters do not transfer between encoders. Arrays may have no more than a name, or not
+    even that: what one of the two does not know can't be compared.
+    """
+    for key in ("fingerprint", "model"):
+        if encoder[key] is not None and store.encoder[key] is not None:
+            if encoder[key] != store.encoder[key]:
+                raise ValueError(f"{owner} and {store.path} are of different encoders: {encoder} and {store.encoder}")
+            return
+
+
 def pictures_of(store: EmbeddingStore, dataset: Any) -> Callable[[int], Image]:
     """What opens the picture of a row of `store.image`, which the data set has that the store was made from.
 

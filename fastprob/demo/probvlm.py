@@ -13,7 +13,8 @@ from fastprob._files import write_atomically
 from fastprob.adapters import FitResult, TrainConfig, fit
 from fastprob.adapters.error import file_beside, fit_error
 from fastprob.adapters.pages import write_report_page
-from fastprob.adapters.report import COSINE, P_WRONG, Report, evaluate_store, training_curves
+from fastprob.adapters.report import Report, evaluate_store, training_curves
+from fastprob.adapters.scores import COSINE, P_WRONG
 from fastprob.adapters.training import CHECKPOINT
 from fastprob.data.digitscenes import LEVELS, DigitScenes
 from fastprob.data.store import EmbeddingStore, embed, pictures_of

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy
 
 from fastprob.evaluation.calibration import expected_calibration_error
 from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate
+from fastprob.evaluation.tables import aligned
 
 RANDOM = "random"
+DRAWS = 400  # of a bootstrap
+HEADER = ("score", "AURC [95 %]", "AUROC [95 %]", "ECE", "NLL")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Judged:
     auroc: Estimate
     ece: float | None
     """Expected calibration error of a score that is a probability of error, else None."""
+    nll: float | None
+    """Mean negative log-likelihood in nats of a score that is a probability p of error, else None: -log p of a wrong
+    query, -log(1 - p) of a right one, each at most 100, so that it is finite where a p of 0 or 1 was refuted."""
     risk: list[float]
     """Share of wrong ones among the most certain 1 %, 2 %, ... 100 % of the queries."""
 
@@ -43,20 +50,25 @@ class Comparison:
 
     def table(self) -> str:
         """A line a score, the best first, as text."""
-        width = max(len(name) for name in self.scores)
-        lines = [f"{'':{width}}   AURC [95 %]             AUROC [95 %]            ECE"]
-        for name in sorted(self.scores, key=lambda name: self.scores[name].aurc.value):
-            one = self.scores[name]
-            ece = "" if one.ece is None else f"{one.ece:.3f}"
-            lines.append(f"{name:{width}}   {one.aurc!s:21}   {one.auroc!s:21}   {ece}".rstrip())
-        return "\n".join(lines)
+        return aligned(HEADER, self.rows())
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """What stands under `HEADER`, the best score first."""
+        best_first = sorted(self.scores.items(), key=lambda item: item[1].aurc.value)
+        return [(name, str(one.aurc), str(one.auroc), _cell(one.ece), _cell(one.nll)) for name, one in best_first]
 
 
 EXPLANATION = """\
 AURC is the share of wrong answers among the answered queries, the most certain first, averaged over all shares that are
 answered: less is better, and a score that says nothing has the error rate. AUROC is the probability that a wrong query
 has the larger score of a wrong and a right one: 0.5 says nothing, below that the score is inverted. ECE is how far a
-probability of error is from the share that is wrong."""
+probability of error is from the share that is wrong. NLL is its mean negative log-likelihood in nats, -log of the
+probability that was given to what came out, at most 100 a query: less is better, and the error rate e, said of every
+query, has -e log e - (1 - e) log(1 - e)."""
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def compare(
@@ -65,7 +77,7 @@ def compare(
     group: Tensor,
     *,
     probabilities: Collection[str] = (),
-    draws: int = 400,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Comparison:
     """Judge scores of Q queries, and a random one beside them.
@@ -78,17 +90,30 @@ def compare(
         draws, seed: of the bootstrap; seed also of the random score.
 
     Raises:
-        ValueError: as `Ranked`.
+        ValueError: as `Ranked`, or a probability outside of [0, 1].
     """
-    chance = torch.rand(len(wrong), generator=torch.Generator().manual_seed(seed))
     resampled, judged = Bootstrap(group, draws, seed), {}
-    for name, score in {**scores, RANDOM: chance}.items():
+    for name, score in with_random(scores, len(wrong), seed).items():
         ranked = Ranked(score, wrong)
-        ece = expected_calibration_error(score, wrong) if name in probabilities else None
+        ece, nll = _of_probability(name, score, wrong) if name in probabilities else (None, None)
         both = bool(wrong.any()) and not bool(wrong.all())
         auroc = estimate(ranked.auroc, resampled) if both else Estimate(math.nan, math.nan, math.nan)
-        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, _risks(ranked))
+        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, nll, _risks(ranked))
     return Comparison(float(wrong.double().mean()), judged)
+
+
+def with_random(scores: Mapping[str, Tensor], queries: int, seed: int = 0) -> dict[str, Tensor]:
+    """The scores, and a random one of as many queries behind them."""
+    return {**scores, RANDOM: torch.rand(queries, generator=torch.Generator().manual_seed(seed))}
+
+
+def _of_probability(name: str, p: Tensor, wrong: Tensor) -> tuple[float, float]:
+    """Expected calibration error and negative log-likelihood."""
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(
+            f"compare: {name} must be probabilities, from 0 to 1, got {float(p.min())} to {float(p.max())}"
+        )
+    return expected_calibration_error(p, wrong), float(binary_cross_entropy(p.double(), wrong.double()))
 
 
 def _risks(ranked: Ranked) -> list[float]:

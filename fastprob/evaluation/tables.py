@@ -1,8 +1,15 @@
-"""Tables in Markdown."""
+"""Tables as text and in Markdown."""
 
 from collections.abc import Iterable, Sequence
 
 from fastprob.evaluation.statistics import mean_std
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of `rows` under `header`, its columns as wide as what stands in them."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("   ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
