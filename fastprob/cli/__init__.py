@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastprob.cli import calibrate, draw, probvlm, prompt, selection
+from fastprob.cli import calibrate, draw, explain, probvlm, prompt, selection
 from fastprob.cli._command import Command
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
@@ -47,6 +47,7 @@ COMMANDS = {
     **draw.COMMANDS,
     **selection.COMMANDS,
     **prompt.COMMANDS,
+    **explain.COMMANDS,
     "info": Command("which backend serves which operator, and why", no_options, info),
     "demo": Command("the whole way on real handwritten digits, without a download", demo_options, demo),
 }
