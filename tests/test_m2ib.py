@@ -85,13 +85,14 @@ def test_maps_are_the_paper_s_to_float32_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["clip", "not causal"])
-def test_a_pair_s_maps_do_not_depend_on_the_others(tmp_path, text):
-    """18 pairs: more than go through the towers at once. Texts of other lengths stand beside a text."""
-    model, (images, texts) = build(tmp_path, text_tower=text), pairs(18)
-    method = M2IB(model, tokenizer, **OPTIONS)
-    together = method(images, texts)
-    for i in (0, 1, 2, 3, 15, 16, 17):
-        alone = method(images[i : i + 1], texts[i : i + 1])
+def test_a_pair_s_maps_do_not_depend_on_the_others(tmp_path, monkeypatch, text):
+    """16 pairs, 7 at once. Texts of other lengths stand beside a text."""
+    monkeypatch.setattr("fastprob.attribution.method.TOKENS", 50)
+    model, (images, texts) = build(tmp_path, text_tower=text), pairs(16)
+    m2ib = M2IB(model, tokenizer, **OPTIONS)
+    together = m2ib(images, texts)
+    for i in (0, 1, 2, 6, 7, 15):
+        alone = m2ib(images[i : i + 1], texts[i : i + 1])
         torch.testing.assert_close(together.image[i], alone.image[0], rtol=0, atol=1e-7)
         torch.testing.assert_close(together.text[i], alone.text[0], rtol=0, atol=1e-7)
         torch.testing.assert_close(together.scores[i], alone.scores[0])
@@ -108,9 +109,10 @@ def test_scores_are_cosines(tmp_path):
     torch.testing.assert_close(M2IB(model, tokenizer, steps=1)(images, texts).scores, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_long_runs_stay_finite(tmp_path, dtype):
-    model, (images, texts) = build(tmp_path, dtype=dtype), pairs(2, dtype)
+def test_long_runs_stay_finite(tmp_path):
+    """With a at +-hundreds, where 1 - lambda is 0 and its logarithm is not."""
+    images, texts = pairs(2, torch.float32)
+    model = build(tmp_path, dtype=torch.float32, vision={"layers": 2}, text={"layers": 2})
     result = M2IB(model, tokenizer, steps=1000, samples=1)(images, texts)
     for maps in (result.image, result.text):
         assert maps.isfinite().all() and maps.min() == 0 and maps.max() == 1
@@ -183,10 +185,10 @@ def test_what_cannot_change_is_computed_once(tmp_path):
 
 
 def test_may_be_called_without_gradients(tmp_path):
-    method, (images, texts) = M2IB(build(tmp_path), tokenizer, **OPTIONS), pairs()
-    expected = method(images, texts)
+    m2ib, (images, texts) = M2IB(build(tmp_path), tokenizer, **OPTIONS), pairs()
+    expected = m2ib(images, texts)
     with torch.inference_mode():
-        assert torch.equal(method(images, texts).image, expected.image)
+        assert torch.equal(m2ib(images, texts).image, expected.image)
 
 
 @pytest.mark.parametrize("options", [{"seed": -1}, {"steps": 0}, {"samples": 0}, {"lr": -1.0}, {"beta": float("nan")}])
@@ -198,21 +200,21 @@ def test_options_out_of_range(tmp_path, options):
 
 def test_errors(tmp_path):
     model, (images, texts) = build(tmp_path), pairs()
-    for method in (M2IB, NIB):
+    for each in (M2IB, NIB):
         for layer in (2, 9, -1):
-            expected = f"{method.__name__}: layer must be from 0 to 1 for the 3 blocks of the text tower, or None"
+            expected = f"{each.__name__}: layer must be from 0 to 1 for the 3 blocks of the text tower, or None"
             with pytest.raises(ValueError, match=f"{expected}, got {layer}|from 0 to 2 .* 4 blocks of the image tower"):
-                method(model, tokenizer, layer=layer)
+                each(model, tokenizer, layer=layer)
     with pytest.raises(ValueError, match="M2IB: sigma must be above 0 and finite, got 0"):
         M2IB(model, tokenizer, sigma=0)
     with pytest.raises(ValueError, match="NIB: steps must be at least 1, got 0"):
         NIB(model, tokenizer, steps=0)
-    method = M2IB(model, tokenizer)
+    m2ib = M2IB(model, tokenizer)
     for bad in (images[0], images[:, :1], images[..., :8], images[:0]):
         with pytest.raises(ValueError, match=r"M2IB: images must be \[P, 3, 24, 16\] with P at least 1, got \["):
-            method(bad, texts)
+            m2ib(bad, texts)
     for bad, got in ((texts[:3], "3"), ("a cat", "'a cat'")):
         with pytest.raises(ValueError, match=f"M2IB: texts must be a list of 4, one for each image, got {got}"):
-            method(images, bad)
+            m2ib(images, bad)
     with pytest.raises(ValueError, match="M2IB: model must have at least 2 blocks in a tower, got 1 in the text tower"):
         M2IB(build(tmp_path, text={"layers": 1}), tokenizer)

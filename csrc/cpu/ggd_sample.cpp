@@ -68,10 +68,7 @@ FASTPROB_INLINE Proposal propose(double d, double slope, uint32_t of_radius, uin
 void draw(const double* a, const double* b, int64_t start, int64_t n, uint64_t seed, double* spread, double* g) {
   alignas(64) uint32_t words[4][kBlock];
   alignas(64) double taken[kBlock], z[kBlock];
-  for (int64_t k = 0; k < n; ++k) {
-    const auto four = random_words(start + k, seed, kStream, 0);
-    for (int i = 0; i < 4; ++i) words[i][k] = four[i];
-  }
+  random_words(start, n, seed, kStream, 0, words);
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
     const double d = 2. / 3 + 1 / b[k];

@@ -75,7 +75,7 @@ struct Pass {
 inline std::vector<Pass> passes_of(int64_t passes, int64_t units, double p, int64_t seed, bool finite) {
   const auto threshold = static_cast<uint64_t>(p * 4294967296.);
   std::vector<Pass> out(passes);
-  std::array<uint32_t, 4> words{};
+  Words words{};
   for (int64_t pass = 0; pass < passes; ++pass) {
     std::vector<int64_t> kept, dropped;
     for (int64_t k = 0; k < units; ++k) {

@@ -1,4 +1,12 @@
-"""Attribution: which pixels and which words the match of an image and a text rests on, by M2IB and its rivals."""
+"""Attribution: which pixels and which words the match of an image and a text rests on, by M2IB and its rivals.
+
+    explain = M2IB(encoder.model, encoder.tokenizer)
+    found = explain(images, texts)  # [P, 3, H, W] as `encoder.preprocess` makes them, and P texts
+    found.image[0]                  # [H, W], from 0 to 1
+    found.of_words(0)               # [("a", 0.05), ("dog", 1.0), ...]
+
+Every method is called so, on open_clip's vision and text transformers, and returns an `Attribution`.
+"""
 
 from fastprob.attribution.m2ib import M2IB, NIB
 from fastprob.attribution.method import Attribution, Method

@@ -52,8 +52,8 @@ class M2IB(_Behind):
 
     Args:
         model, tokenizer: as `Method`.
-        layer: the bottleneck stands behind this block of either tower, counted from 0 as in the paper, where it is 9 of
-            12: two blocks follow. None: there, or at the same share of a tower of another depth.
+        layer: the bottleneck stands behind this block of either tower, counted from 0 as the released code does: the
+            paper's 9 of 12 leaves two blocks behind it. None: there, or at the same share of a tower of another depth.
         beta: weight of the information.
         steps: of Adam; lr: its learning rate.
         samples: of the noise in every step; sigma: its standard deviation.

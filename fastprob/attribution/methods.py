@@ -1,4 +1,8 @@
-"""Rivals of M2IB on the same towers, from gradients, from attention, from masks and from chance."""
+"""Rivals of M2IB on the same towers, from gradients, from attention, from masks and from chance.
+
+Captum would not save any: its gradient times input is the line that stands here, its Grad-CAM takes the axis of tokens
+for that of channels, and it has no attention rollout, no raw attention and no RISE.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +77,11 @@ class _Attention(Method):
         """[P, N, N], the mean over heads."""
         return widened(attention_weights(block, states)).mean(1)
 
+    def _read(self, side: Side, flow: Tensor) -> Tensor:
+        """[P, N, N] -> [P, N], the row of the token that is read, or the mean of the patches' rows."""
+        at = side.states.at
+        return flow[:, 1:].mean(1) if at is None else flow[torch.arange(len(at), device=at.device), at]
+
 
 class RawAttention(_Attention):
     """The attention of the last block, from the token that the tower reads, the mean over heads.
@@ -88,7 +97,7 @@ class RawAttention(_Attention):
         return len(tower.blocks) - 1
 
     def _tokens(self, side: Side) -> Tensor:
-        return side.read_row(self._weights(side.tower.blocks[-1], side.states))
+        return self._read(side, self._weights(side.tower.blocks[-1], side.states))
 
 
 class AttentionRollout(_Attention):
@@ -106,7 +115,7 @@ class AttentionRollout(_Attention):
         for block in side.tower.blocks:
             rollout = (self._weights(block, states) + one) / 2 @ rollout
             states = side.tower.run(states, [block])
-        return side.read_row(rollout)
+        return self._read(side, rollout)
 
 
 class RISE(Method):

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 class Entered:
     """A batch on its way through a tower's blocks.
 
-    x: [B, N, d], hidden states; mask: what attention adds to its logits, [N, N] or [B, H, N, N], None for nothing;
-    at: [B], the one token that the tower reads, None where it reads several.
+    x: [B, N, d], hidden states; mask: what attention adds to its logits, [1 or B, 1, N, N], None for nothing; at: [B],
+    the one token that the tower reads, None where it reads several.
     """
 
     x: Tensor
@@ -29,27 +29,25 @@ class Entered:
 
     def with_states(self, x: Tensor) -> Entered:
         """The batch S times over, with other hidden states [S, B, N, d]: a batch of S B."""
-        times, mask, at = len(x), self.mask, self.at
-        mask = mask.repeat(times, 1, 1, 1) if mask is not None and mask.dim() == 4 else mask
-        return Entered(x.flatten(0, 1).to(self.x.dtype), mask, None if at is None else at.repeat(times))
+        times, mask = len(x), self.mask
+        mask = mask if mask is None or len(mask) == 1 else mask.repeat(times, 1, 1, 1)
+        return Entered(x.flatten(0, 1).to(self.x.dtype), mask, None if self.at is None else self.at.repeat(times))
 
     def token(self, x: Tensor) -> Tensor:
         """The token that is read, [B, N, d] -> [B, 1, d]."""
         return x[self._rows, self.at][:, None]
 
     def token_mask(self) -> Tensor | None:
-        """The mask of the token that is read, [B, 1 or H, 1, N]."""
+        """The mask of the token that is read, [B, 1, 1, N]."""
         if self.mask is None:
             return None
-        return (
-            self.mask[self._rows, :, self.at][:, :, None] if self.mask.dim() == 4 else self.mask[self.at][:, None, None]
-        )
+        return self.mask.expand(len(self.x), -1, -1, -1)[self._rows, :, self.at][:, :, None]
 
     def seen(self) -> Tensor:
         """[B, N] bool, the tokens that may reach what is read: all but those that a mask hides from it."""
         if self.mask is None or self.at is None:
             return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device)
-        return self.token_mask().isfinite().any(1)[:, 0].scatter(1, self.at[:, None], True)
+        return self.token_mask()[:, 0, 0].isfinite().scatter(1, self.at[:, None], True)
 
     @property
     def _rows(self) -> Tensor:
@@ -159,7 +157,9 @@ class TextTower(_Tower):
             length = int(at.max()) + 1
             embedded, ids = embedded[:, :length], ids[:, :length]
         x, mask = self._masked(embedded, ids)
-        return Entered(x, mask.unflatten(0, (len(x), -1)) if mask is not None and mask.dim() == 3 else mask, at)
+        if mask is not None:
+            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (len(x), -1))[:, :1]  # all heads' alike
+        return Entered(x, mask, at)
 
     @property
     def _class_token(self) -> Tensor | None:
@@ -244,8 +244,7 @@ def _output(block: nn.Module, batch: Entered, one: bool = False) -> Tensor:
     A plain block's products are taken here, over rows: `nn.MultiheadAttention` takes one per token.
     """
     if not _is_plain(block):
-        mask = batch.mask
-        x = block(batch.x, attn_mask=mask.flatten(0, 1) if mask is not None and mask.dim() == 4 else mask)
+        x = block(batch.x, attn_mask=batch.mask)
         return batch.token(x) if one else x
     x = asking = before_attention(block, batch.x)
     k, v = keys_and_values(block, x).unbind(2)

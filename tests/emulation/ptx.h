@@ -50,6 +50,12 @@ inline float rcp_approx_ftz(float x) {
   return std::isfinite(result) && flush(result) != 0 ? move(result, direction(x)) : flush(result);
 }
 
+// Within 2^-23, relative.
+inline float sqrt_approx_ftz(float x) {
+  const float result = std::sqrt(flush(x));
+  return result > 0 ? move(result, direction(x)) : result;
+}
+
 // Within 2^-22, absolute in (1/2, 2) and else relative.
 inline float lg2_approx_ftz(float x) {
   const double result = std::log2(static_cast<double>(flush(x)));
