@@ -57,7 +57,7 @@ def draw_tiles(rows: Sequence[Sequence[Tile]], path: str | os.PathLike, *, width
     letters = round(_LETTERS * width)
     lines = [max(len(_lines(tile.words, letters)) for tile in row) for row in rows]
     titles = [any(tile.title for tile in row) for row in rows]
-    heights = [width + 0.16 * count + 0.2 * title for count, title in zip(lines, titles)]
+    heights = [width + 0.16 * count + 0.3 * title for count, title in zip(lines, titles)]
     figure = new_figure((width * columns, sum(heights)))
     every = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, tile in zip(every.flat, (tile for row in rows for tile in row)):

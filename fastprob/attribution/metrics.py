@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -79,15 +80,28 @@ class Pairs:
     @torch.no_grad()
     def cosines(self, image: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         """[P], of what masks [P, H, W] of the images and [P, T] of the tokens leave; without a mask, of all."""
-        images = self.images if image is None else self.images_of(image)
-        text = torch.ones_like(self.ids) if text is None else text
-        some = [slice(at, at + AT_ONCE) for at in range(0, len(self), AT_ONCE)]
-        return torch.cat([(self._image(images[i]) * self._text(self.ids[i], text[i])).sum(-1) for i in some])
+        images = self._whole_images if image is None else self._of_images(self.images_of(image))
+        texts = self._whole_texts if text is None else self._of_texts(text)
+        return (images * texts).sum(-1)
 
-    def _image(self, images: Tensor) -> Tensor:
-        return unit(self.image_tower.features(self.image_tower.enter(images)))
+    @cached_property
+    def _whole_images(self) -> Tensor:
+        return self._of_images(self.images)
 
-    def _text(self, ids: Tensor, kept: Tensor) -> Tensor:
+    @cached_property
+    def _whole_texts(self) -> Tensor:
+        return self._of_texts(torch.ones_like(self.ids))
+
+    def _of_images(self, images: Tensor) -> Tensor:
+        """[P, D], of unit norm."""
+        tower = self.image_tower
+        return torch.cat([unit(tower.features(tower.enter(some))) for some in images.split(AT_ONCE)])
+
+    def _of_texts(self, kept: Tensor) -> Tensor:
+        """[P, D], of unit norm."""
+        return torch.cat([self._of_some(*some) for some in zip(self.ids.split(AT_ONCE), kept.split(AT_ONCE))])
+
+    def _of_some(self, ids: Tensor, kept: Tensor) -> Tensor:
         tower = self.text_tower
         embedded = tower.embed(ids)
         kept = kept[..., None].to(embedded)

@@ -44,13 +44,15 @@ def roar_loss(
         seed: of the order of the pairs.
 
     Raises:
-        ValueError: for another side, or pairs that are fewer than a batch.
+        ValueError: for another side, a share out of range, or pairs that are fewer than a batch.
 
     Source:
         Hooker et al., A benchmark for interpretability methods in deep neural networks, NeurIPS 2019 (ROAR); Wang,
         Rudner and Wilson (M2IB), NeurIPS 2023, who tune and then score on whole inputs.
     """
     one_of("roar_loss", "side", side, SIDES)
+    if not 0 <= share <= 1:
+        raise ValueError(f"roar_loss: share must be from 0 to 1, got {share}")
     for name, pairs in (("train", train), ("test", test)):
         if len(pairs) < batch_size:
             raise ValueError(f"roar_loss: {name} must be at least a batch of {batch_size} pairs, got {len(pairs)}")

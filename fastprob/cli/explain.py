@@ -86,7 +86,8 @@ def _explain_all(args: argparse.Namespace) -> None:
     dataset = open_data_of(args)
     encoder, method = _tools(args)
     options = (f"{name} {value}" for name, value in _given(args).items())
-    facts = [("Model", str(encoder)), ("Method", ", ".join([args.method, *options]))]
+    model = f"{encoder.name}, {encoder.pretrained}" if encoder.pretrained else encoder.name
+    facts = [("Model", model), ("Method", ", ".join([args.method, *options]))]
     print(write_explained(method, encoder.preprocess, dataset, args.out, facts=facts))
 
 

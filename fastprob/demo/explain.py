@@ -21,7 +21,6 @@ from fastprob.attribution.roar import roar_loss
 from fastprob.demo.explain_maps import FULL, ONE, TRIVIAL, TRUTH, Chosen, Scenes, Setting, Size, maps, methods, scenes_of
 from fastprob.demo.explain_report import draw_grid, write_report
 from fastprob.demo.study import each_on_a_thread
-from fastprob.encoders import load_encoder
 
 SEEDS = (0, 1, 2)
 LAYERS, BETAS = (0, 1), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -133,7 +132,7 @@ def _sanity(size: Size, chosen: Chosen, seed: int, name: str) -> list[tuple[str,
         return []
     scenes = scenes_of("test", size.scenes, seed)
     images, texts = scenes.images[: size.checked], scenes.texts(FULL)[: size.checked]
-    return [tuple(each) for each in metrics.sanity_check(method, load_encoder("tiny").model, images, texts, seed=seed)]
+    return [tuple(each) for each in metrics.sanity_check(method, scenes.encoder.model, images, texts, seed=seed)]
 
 
 def _mean(values: Tensor) -> float:

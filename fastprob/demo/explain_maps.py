@@ -59,11 +59,14 @@ Chosen = Mapping[str, Setting]
 """Settings for "image" and "text"."""
 
 
+encoder_of = cache(load_encoder)
+
+
 class Scenes:
     """Scenes with two digits or more that differ, their captions by level, and both as pairs."""
 
     def __init__(self, split: str, count: int, seed: int):
-        self.encoder = load_encoder("tiny")
+        self.encoder = encoder_of("tiny")
         self.all = DigitScenes(split, seed=seed, num_scenes=3 * count + 20)  # of which over a half are such scenes
         self.rows = [i for i, boxes in enumerate(self.all.boxes) if len({box.label for box in boxes}) > 1][:count]
         self.images = torch.stack([self.encoder.preprocess(self.all[row][0]) for row in self.rows])
@@ -94,7 +97,7 @@ Maps = Callable[[Tensor, Sequence[str]], Attribution]
 
 def methods(size: Size, chosen: Chosen, seed: int) -> dict[str, Callable[[nn.Module], Maps]]:
     """What makes maps by a model, by name."""
-    words = load_encoder("tiny").tokenizer
+    words = encoder_of("tiny").tokenizer
 
     def by_chosen(model: nn.Module) -> Maps:
         image, text = (M2IB(model, words, seed=seed, **chosen[side]._asdict()) for side in ("image", "text"))

@@ -44,6 +44,7 @@ COLUMNS = {
     "text": (*FAITHFUL, ROAR),
     "both": FAITHFUL,
 }
+IN_GRID = (PAPER, CHOSEN, "NIB", "Grad-CAM", "gradient x input", "attention rollout", "RISE")
 SHOWN = 4
 """Scenes of the grid."""
 
@@ -160,10 +161,10 @@ def _verdict(judged: Found, side: str) -> str:
         best.setdefault(names[0], []).append(metric)
     leaders = "; ".join(f"{name} by {', '.join(metrics)}" for name, metrics in best.items())
     places = [
-        f"{name} is " + ", ".join(f"{names.index(name) + 1}. by {metric}" for metric, names in ranked.items())
+        f"{name}: place " + ", ".join(f"{names.index(name) + 1} by {metric}" for metric, names in ranked.items())
         for name in (PAPER, CHOSEN)
     ]
-    return f"Best of {len(_names(judged)) - 1}, the truth apart: {leaders}. {'; '.join(places)}."
+    return f"Best of {len(_names(judged)) - 1}, the truth apart: {leaders}. {'. '.join(places)}."
 
 
 def _sanity(judged: Found) -> dict[str, dict[str, tuple[float, float]]]:
@@ -190,7 +191,7 @@ def _sanity_table(judged: Found) -> str:
 def draw_grid(path: Path, size: Size, chosen: Chosen) -> None:
     """Scenes of the first seed and what matters in them: of captions that name one digit, then of full ones."""
     scenes, rows = scenes_of("test", size.scenes, 0), []
-    by_method = {name: make(scenes.encoder.model) for name, make in methods(size, chosen, 0).items()}
+    by_method = {name: make(scenes.encoder.model) for name, make in methods(size, chosen, 0).items() if name in IN_GRID}
     for place, level in enumerate([ONE] * (SHOWN // 2) + [FULL] * (SHOWN // 2)):
         text, boxes = scenes.texts(level)[place], [box[1:] for box in scenes.named(level)[place]]
         picture = scenes.all[scenes.rows[place]][0]
@@ -199,7 +200,7 @@ def draw_grid(path: Path, size: Size, chosen: Chosen) -> None:
             found = method(scenes.images[place : place + 1], [text])
             row.append(Tile(overlay(picture, found.image[0]), "" if place else name, shaded(found, 0, text)))
         rows.append(row)
-    draw_tiles(rows, path, width=1.35)
+    draw_tiles(rows, path, width=1.3)
 
 
 def _draw_settings(tried: Found, path: Path) -> None:
@@ -235,7 +236,7 @@ def _draw_sanity(judged: Found, path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("shuffled weights")
         axes.tick_params(axis="x", labelrotation=30)
-    panels[0].set_ylabel("rank correlation with the maps before")
+    panels[0].set_ylabel("rank correlation")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3, fontsize=8)
     save_figure(figure, path)

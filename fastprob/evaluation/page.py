@@ -88,9 +88,9 @@ class Section:
     tables: Sequence[Table] = ()
     groups: Sequence[tuple[str, Sequence[Item]]] = ()
     """Heading and items of each."""
+    warnings: Sequence[str] = ()
     grid: Sequence[Item] = ()
     """Items side by side."""
-    warnings: Sequence[str] = ()
 
 
 def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section]) -> Path:
