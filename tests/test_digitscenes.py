@@ -118,6 +118,17 @@ def test_boxes_are_the_grids_digits(scenes):
         assert at == {cell: digit for cell, digit in enumerate(cells) if digit != EMPTY}
 
 
+def test_named_boxes_are_of_the_digits_in_the_text(scenes):
+    several = 0
+    for row, text in enumerate(scenes.captions):
+        words = re.findall(r"[a-z]+", text)
+        said = {NAMES.index(word) for word in words if word in NAMES and "digit" not in text}
+        named, boxes = scenes.named(row), scenes.boxes[row // LEVELS]
+        assert named == [box for box in boxes if box.label in said], text
+        several += 0 < len(named) < len(boxes)
+    assert several > 100
+
+
 def test_deterministic_by_seed_and_prefix():
     one, again, longer = (DigitScenes("test", num_scenes=n) for n in (30, 30, 60))
     other = DigitScenes("test", num_scenes=30, seed=1)

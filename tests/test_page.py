@@ -264,12 +264,16 @@ def test_the_order_of_a_section_is_that_of_its_fields(tmp_path):
     items = [Item("query", ["said"], [("n", "1")], matches=[Item("found", right=True), Item("other", right=False)])]
     table = Table("a table", ("x", "y"), [("1", "2")], [("sum", "3")])
     figures = [("a figure", tmp_path / "figure.png")]
-    section = Section("a section", ["text"], [("fact", "so")], figures, [table], [("group", items)], ["careful"])
+    grid = [Item("a <b>", ["there"], [("m", "2")], words=[("a", 0.5), ("<b>", 1.0)])]
+    section = Section("a section", ["text"], [("fact", "so")], figures, [table], [("group", items)], ["careful"], grid)
     path = write_page(tmp_path / "page.html", "a page", [section])
     text = " ".join("".join(Outline(path.read_text(encoding="utf-8")).text).split())
     parts = ["a section", "careful", "text", "fact", "so", "a figure", "a table", "x", "y", "1", "2", "sum", "3"]
-    parts += ["group", "query", "said", "n", "1", "✓ right", "found", "✗ wrong", "other", "Written by fastprob"]
+    parts += ["group", "query", "said", "n", "1", "✓ right", "found", "✗ wrong", "other"]
+    parts += ["a", "<b>", "there", "m", "2", "Written by fastprob"]
     assert re.search(".*".join(map(re.escape, parts)), text)
+    shades = [a["style"] for a in Outline(path.read_text(encoding="utf-8")).all("span")]
+    assert shades == ["background: rgb(255 122 26 / 0.35)", "background: rgb(255 122 26 / 0.70)"]
     again = write_page(tmp_path / "again.html", "a page", [section])
     assert again.read_bytes() == path.read_bytes()
     lone = write_page(tmp_path / "lone.html", "\ud800", [])  # half of a surrogate pair is no text

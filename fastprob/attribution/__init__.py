@@ -8,9 +8,23 @@
 Every method is called so, on open_clip's vision and text transformers, and returns an `Attribution`.
 """
 
+from fastprob.attribution.figures import overlay
 from fastprob.attribution.m2ib import M2IB, NIB
 from fastprob.attribution.method import Attribution, Method
 from fastprob.attribution.methods import RISE, AttentionRollout, GradCAM, GradientInput, Random, RawAttention
+from fastprob.attribution.metrics import (
+    Confidence,
+    Pairs,
+    Sanity,
+    confidence,
+    deletion,
+    insertion,
+    mass_in_box,
+    pointing_game,
+    sanity_check,
+)
+from fastprob.attribution.pages import write_explained
+from fastprob.attribution.roar import roar_loss
 from fastprob.attribution.words import Word
 
 __all__ = [
@@ -19,10 +33,22 @@ __all__ = [
     "RISE",
     "AttentionRollout",
     "Attribution",
+    "Confidence",
     "GradCAM",
     "GradientInput",
     "Method",
+    "Pairs",
     "Random",
     "RawAttention",
+    "Sanity",
     "Word",
+    "confidence",
+    "deletion",
+    "insertion",
+    "mass_in_box",
+    "overlay",
+    "pointing_game",
+    "roar_loss",
+    "sanity_check",
+    "write_explained",
 ]

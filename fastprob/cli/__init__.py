@@ -1,4 +1,4 @@
-"""The `fastprob` command: embed -> fit -> eval, prompt fit -> eval -> predict, and info, demo.
+"""The `fastprob` command: embed -> fit -> eval, prompt fit -> eval -> predict, explain, and info, demo.
 
 A user's mistake (a missing file, an unknown model, sizes that don't fit) prints one line and exits with 2; Ctrl-C
 prints how to resume and exits with 130. Option names follow open_clip's.
@@ -7,6 +7,7 @@ A command imports what it needs beyond torch when it runs (`fit` and `prompt fit
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastprob.cli import calibrate, draw, probvlm, prompt, selection
+from fastprob.cli import calibrate, draw, explain, probvlm, prompt, selection
 from fastprob.cli._command import Command
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
@@ -30,15 +31,16 @@ def info(args: argparse.Namespace) -> None:
     print(fastprob.info())
 
 
+DEMOS = ("probvlm", "prompts", "explain")
+
+
 def demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=("probvlm", "prompts"), default="probvlm", help="default: probvlm")
+    parser.add_argument("what", nargs="?", choices=DEMOS, default="probvlm", help="default: probvlm")
     parser.add_argument("--out", type=Path, default=Path("fastprob-demo"), help="directory (default: fastprob-demo)")
 
 
 def demo(args: argparse.Namespace) -> None:
-    from fastprob.demo import probvlm, prompts
-
-    {"probvlm": probvlm, "prompts": prompts}[args.what].run(args.out)
+    importlib.import_module(f"fastprob.demo.{args.what}").run(args.out)
 
 
 COMMANDS = {
@@ -47,6 +49,7 @@ COMMANDS = {
     **draw.COMMANDS,
     **selection.COMMANDS,
     **prompt.COMMANDS,
+    **explain.COMMANDS,
     "info": Command("which backend serves which operator, and why", no_options, info),
     "demo": Command("the whole way on real handwritten digits, without a download", demo_options, demo),
 }

@@ -108,6 +108,12 @@ def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
         raise ValueError(f"{odd[0]} is not for {where}")
 
 
+def check_new(path: Path) -> None:
+    """Before anything long is done. Raises ValueError for an --out that exists."""
+    if path.exists():
+        raise ValueError(f"--out must be a new file, {path} exists already")
+
+
 def add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None:
     for name, text in options.items():
         group.add_argument("--" + name.replace("_", "-"), help=text)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastprob.cli._command import Command, device_of
+from fastprob.cli._command import Command, check_new, device_of
 from fastprob.cli.probvlm import load_checkpoint, open_store
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
@@ -30,7 +30,7 @@ def select(args: argparse.Namespace) -> None:
     from fastprob.adapters.error import beside, file_beside
     from fastprob.adapters.selection import choose
 
-    _check_new(args.out)
+    check_new(args.out)
     store = open_store(args.store)
     adapter, errors = _adapter(args, store), None
     if args.by == "p_wrong" and args.checkpoint is not None:
@@ -55,7 +55,7 @@ def noisy_options(parser: argparse.ArgumentParser) -> None:
 def noisy(args: argparse.Namespace) -> None:
     from fastprob.adapters.noisy import write_suspects
 
-    _check_new(args.out)
+    check_new(args.out)
     store = open_store(args.store)
     print(write_suspects(store, args.out, adapter=_adapter(args, store), by=args.by))
 
@@ -64,12 +64,6 @@ def _adapter(args: argparse.Namespace, store: EmbeddingStore) -> ProbVLM | None:
     if args.checkpoint is None:
         return None
     return load_checkpoint(args.checkpoint, store).to(device_of(args.device))
-
-
-def _check_new(path: Path) -> None:
-    """Before anything long is done."""
-    if path.exists():
-        raise ValueError(f"--out must be a new file, {path} exists already")
 
 
 COMMANDS = {

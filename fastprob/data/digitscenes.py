@@ -175,7 +175,7 @@ class DigitScenes(Dataset):
     (32 x 32 RGB PIL image, five captions from the most specific to the least).
 
     grid [N, 4]: digit in each cell or EMPTY; digit_index [N, 4]: which image of `load_digits`, or EMPTY;
-    boxes: for each scene a list of `Box`; captions: 5 N texts, scene by scene; caption_image, caption_level [5 N].
+    boxes: for each scene a list of `Box`, `named` those of a caption's digits; captions: 5 N texts, scene by scene; caption_image, caption_level [5 N].
     Raises ValueError on an unknown split or fewer than one scene, ImportError without scikit-learn.
     """
 
@@ -244,6 +244,11 @@ class DigitScenes(Dataset):
         corner = self._corner[..., [1, 0, 1, 0]]  # [N, 3, 4]
         edges, labels = (tight[self._image] + corner).tolist(), label[self._image].tolist()
         return [[Box(labels[i][k], *edges[i][k]) for k in range(count)] for i, count in enumerate(self._count.tolist())]
+
+    def named(self, caption: int) -> list[Box]:
+        """The boxes of all digits in its scene that a caption names; none for "two digits" and for "handwriting"."""
+        digits = self.statements[caption].digits
+        return [box for box in self.boxes[caption // LEVELS] if box.label in digits]
 
     @cached_property
     def _truth(self) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,2 @@
-"""Whole runs on the built-in data: ProbVLM from embedding to calibration, and few-shot prompts on shifted digits."""
+"""Whole runs on the built-in data: ProbVLM from embedding to calibration, few-shot prompts on shifted digits, and what
+matches rest on, by every method of attribution."""

@@ -309,3 +309,8 @@ class ImageTower(_Tower):
 def conversion(preprocess: Callable) -> list[Callable]:
     """The last steps of open_clip's transform, of an image that has its size: RGB, tensor, normalised."""
     return preprocess.transforms[-3:]
+
+
+def resizing(preprocess: Callable) -> list[Callable]:
+    """The steps before `conversion`, which give an image its size: what a model sees of it."""
+    return preprocess.transforms[:-3]

@@ -20,6 +20,9 @@ from fastprob._files import write_atomically
 THUMBNAIL = 160
 """Longest side of a picture of an item, in pixels."""
 
+HEAT = (255, 122, 26)
+"""Red, green and blue of what matters most, from 0 to 255."""
+
 _CHARACTERS = 300
 """Of a text that are shown."""
 
@@ -57,6 +60,8 @@ class Item:
     """Whether it is a match, where that is known."""
     matches: Sequence["Item"] = ()
     """What was found with it, the best first."""
+    words: Sequence[tuple[str, float]] = ()
+    """The words of the name, each with a value from 0 to 1 by which it is shaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +89,14 @@ class Section:
     groups: Sequence[tuple[str, Sequence[Item]]] = ()
     """Heading and items of each."""
     warnings: Sequence[str] = ()
+    grid: Sequence[Item] = ()
+    """Items side by side."""
 
 
 def write_page(path: str | os.PathLike, title: str, sections: Sequence[Section]) -> Path:
     """Write the page, in one step; return its path."""
     text = _TEMPLATE.get_template("page.html").render(
-        title=title, sections=sections, version=fastprob.__version__, figure=_figure, clip=_clip
+        title=title, sections=sections, version=fastprob.__version__, figure=_figure, clip=_clip, heat=HEAT
     )
     write_atomically(path, text.encode("utf-8", "replace"))  # half of a surrogate pair is no text
     return Path(path)
