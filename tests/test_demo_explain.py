@@ -62,7 +62,9 @@ def rise(seed, level, split="test", count=6):
     texts = [scenes[i][1][level] for i in several]
     found = RISE(encoder.model, encoder.tokenizer, masks=10, seed=seed)(images, texts)
     pairs = Pairs(encoder.model, encoder.tokenizer, images, texts, blank=explain_maps.blank())
-    boxes = [[box[1:] for box in scenes.boxes[i] if explain_maps.NAMES[box.label] in scenes[i][1][level]] for i in several]
+    boxes = [
+        [box[1:] for box in scenes.boxes[i] if explain_maps.NAMES[box.label] in scenes[i][1][level]] for i in several
+    ]
     return encoder.model, pairs, found, boxes
 
 
@@ -122,7 +124,9 @@ def test_trivial_maps_and_true_ones():
                 cells[0, 0, cell // 2, cell % 2] = 1
         torch.testing.assert_close(truth.image[i], F.interpolate(cells, (32, 32), mode="bilinear")[0, 0])
         words = scenes.texts(0)[i].split()
-        assert [value for _, value in truth.of_words(i)] == [float(word.strip(",") in explain_maps.NAMES) for word in words]
+        assert [value for _, value in truth.of_words(i)] == [
+            float(word.strip(",") in explain_maps.NAMES) for word in words
+        ]
         letters = [len(word) for word in words]
         expected = [(n - min(letters)) / (max(letters) - min(letters)) for n in letters]
         assert [value for _, value in ink.of_words(i)] == pytest.approx(expected)

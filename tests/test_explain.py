@@ -93,7 +93,9 @@ def test_tiles(tmp_path):
 def test_words_without_room_have_no_value(pictures):
     encoder = load_encoder("tiny")
     text = "a three above a seven, with a two and a six and a nine"
-    seen, found = explained(GradCAM(encoder.model, encoder.tokenizer), encoder.preprocess, Image.new("L", (99, 50)), [text])
+    seen, found = explained(
+        GradCAM(encoder.model, encoder.tokenizer), encoder.preprocess, Image.new("L", (99, 50)), [text]
+    )
     words = shaded(found, 0, text)
     assert seen.size == (32, 32) and seen.mode == "RGB"
     assert [word for word, _ in words] == text.split()

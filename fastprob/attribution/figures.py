@@ -73,7 +73,9 @@ def _draw(axes, tile: Tile, letters: int) -> None:
     axes.spines[:].set_visible(False)
     axes.set_title(tile.title, fontsize=8, parse_math=False)
     for x0, y0, x1, y1 in tile.boxes:
-        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=COLOURS[0], linewidth=1.5))
+        axes.add_patch(
+            Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=COLOURS[0], linewidth=1.5)
+        )
     if tile.words:
         axes.add_artist(_shaded(_lines(tile.words, letters)))
 

@@ -159,8 +159,9 @@ def confidence(pairs: Pairs, found: Attribution, side: str = "both") -> Confiden
 
         drop = 100 max(0, s - s_m),    increase = 100 if s_m > s, else 0
 
-    with s the cosine of a pair and s_m that of what the maps leave. A good map has a low drop and a high increase. Drops
-    are from 0 to 200. The released code cuts a text's map in two at its median, and takes an image's as it is.
+    with s the cosine of a pair and s_m that of what the maps leave. A good map has a low drop and a high increase.
+    Drops are from 0 to 200. The released code cuts a text's map in two at its median, and takes an image's as it
+    is.
 
     Args:
         pairs: what the maps are of.
@@ -280,10 +281,10 @@ def sanity_check(
 ) -> list[Sanity]:
     """Whether maps depend on the model's weights: they should change as these become random.
 
-    The last block of both towers, the last two and so on, and at last all weights are shuffled, each parameter's numbers
-    among themselves, so that their mean and spread stay; and maps are compared with those of the model as it was:
-    Spearman's correlation over pixels, and over words, mean over pairs. 1: a map does not depend on these weights. NaN
-    where no map has differences.
+    The last block of both towers, the last two and so on, and at last all weights are shuffled, each parameter's
+    numbers among themselves, so that their mean and spread stay; and maps are compared with those of the model as
+    it was: Spearman's correlation over pixels, and over words, mean over pairs. 1: a map does not depend on these
+    weights. NaN where no map has differences.
 
     Args:
         method: makes a `Method` of a model, as `lambda model: M2IB(model, tokenizer)`.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose
@@ -22,9 +21,9 @@ CAPTIONS = 5
 """Most texts of a picture that a page shows."""
 
 _SAID = """\
-The more orange a place of a picture or a word is, the more the match of the two rests on it, by this method. Values are \
-within a picture and within a text: in each the least important has 0, the most important 1. They say nothing of how well \
-the two match; that is the cosine."""
+The more orange a place of a picture or a word is, the more the match of the two rests on it, by this method. Values \
+are within a picture and within a text: in each the least important has 0, the most important 1. They say nothing of \
+how well the two match; that is the cosine."""
 
 
 def explained(

@@ -175,8 +175,9 @@ class DigitScenes(Dataset):
     (32 x 32 RGB PIL image, five captions from the most specific to the least).
 
     grid [N, 4]: digit in each cell or EMPTY; digit_index [N, 4]: which image of `load_digits`, or EMPTY;
-    boxes: for each scene a list of `Box`, `named` those of a caption's digits; captions: 5 N texts, scene by scene; caption_image, caption_level [5 N].
-    Raises ValueError on an unknown split or fewer than one scene, ImportError without scikit-learn.
+    boxes: for each scene a list of `Box`, `named` those of a caption's digits; captions: 5 N texts, scene by scene;
+    caption_image, caption_level [5 N]. Raises ValueError on an unknown split or fewer than one scene, ImportError
+    without scikit-learn.
     """
 
     labels = None  # a scene has several digits, so no single class

@@ -18,7 +18,19 @@ from torch import Tensor
 from fastprob._files import write_atomically
 from fastprob.attribution import M2IB, Attribution, metrics
 from fastprob.attribution.roar import roar_loss
-from fastprob.demo.explain_maps import FULL, ONE, TRIVIAL, TRUTH, Chosen, Scenes, Setting, Size, maps, methods, scenes_of
+from fastprob.demo.explain_maps import (
+    FULL,
+    ONE,
+    TRIVIAL,
+    TRUTH,
+    Chosen,
+    Scenes,
+    Setting,
+    Size,
+    maps,
+    methods,
+    scenes_of,
+)
 from fastprob.demo.explain_report import draw_grid, write_report
 from fastprob.demo.study import each_on_a_thread
 

@@ -40,7 +40,12 @@ FAITHFUL = (
 )
 ROAR = Column("roar", "ROAR+ ↑", True)
 COLUMNS = {
-    "image": (Column("pointing", "pointing ↑ %", True, 100, 0), Column("mass", "mass in box ↑ %", True, 100, 0), *FAITHFUL, ROAR),
+    "image": (
+        Column("pointing", "pointing ↑ %", True, 100, 0),
+        Column("mass", "mass in box ↑ %", True, 100, 0),
+        *FAITHFUL,
+        ROAR,
+    ),
     "text": (*FAITHFUL, ROAR),
     "both": FAITHFUL,
 }
@@ -89,16 +94,16 @@ differ; mean ± standard deviation over the seeds. One model: what another would
 ## M2IB's settings
 
 On {size.chosen_on} validation scenes. Chosen by insertion less deletion, which needs no boxes: for images layer \
-{images.layer} and beta {images.beta:g}, for texts layer {texts.layer} and beta {texts.beta:g}. The paper's beta is 0.1, \
-its layer here 1. The rivals have their defaults, RISE {size.masks} masks: M2IB alone was given this choice.
+{images.layer} and beta {images.beta:g}, for texts layer {texts.layer} and beta {texts.beta:g}. The paper's beta is \
+0.1, its layer here 1. The rivals have their defaults, RISE {size.masks} masks: M2IB alone was given this choice.
 
 ![metrics by beta and layer](settings.png)
 
 ## Random weights
 
-Rank correlation of the maps of {size.checked} pairs with those of the same model after the weights of its last blocks, \
-and at last all of them, were shuffled. Maps that stay are not of the model. Random numbers are drawn by the input alone, \
-so that they do not change.
+Rank correlation of the maps of {size.checked} pairs with those of the same model after the weights of its last \
+blocks, and at last all of them, were shuffled. Maps that stay are not of the model. Random numbers are drawn by the \
+input alone, so that they do not change.
 
 {_sanity_table(judged)}
 
@@ -109,16 +114,17 @@ so that they do not change.
 
 
 _ROWS = f"""\
-"{PAPER}" has the paper's settings, "{CHOSEN}" those of the validation scenes, below. "{TRIVIAL}" asks no model: how far a \
-pixel is from the mean colour, how many letters a word has. "{TRUTH}" are the cells of the digits that are named, and the \
-words that name them: what a map of this grid could say at best, which is not always the best by a metric."""
+"{PAPER}" has the paper's settings, "{CHOSEN}" those of the validation scenes, below. "{TRIVIAL}" asks no model: how \
+far a pixel is from the mean colour, how many letters a word has. "{TRUTH}" are the cells of the digits that are \
+named, and the words that name them: what a map of this grid could say at best, which is not always the best by a \
+metric."""
 
 _IMAGES = """\
-Pointing: whether the greatest value is in the box of a named digit, or at most 2 pixels off; mass: the share of the map in \
-boxes. Drop and increase: of 100 times the cosine, and the share of scenes, if the image is multiplied by its map. Insertion \
-and deletion: area under the cosine as pixels are put in or taken out, the most important first. ROAR+: how much more \
-CLIP's loss on whole pairs is, in nats, after tuning on full captions and scenes without their most important half, than \
-after tuning on whole ones."""
+Pointing: whether the greatest value is in the box of a named digit, or at most 2 pixels off; mass: the share of the \
+map in boxes. Drop and increase: of 100 times the cosine, and the share of scenes, if the image is multiplied by its \
+map. Insertion and deletion: area under the cosine as pixels are put in or taken out, the most important first. \
+ROAR+: how much more CLIP's loss on whole pairs is, in nats, after tuning on full captions and scenes without their \
+most important half, than after tuning on whole ones."""
 
 _TEXTS = "The same of full captions' words; ROAR+ after tuning without the most important half of them."
 
