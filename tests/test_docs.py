@@ -98,7 +98,7 @@ def files(tmp_path_factory):
 def given():
     """What README's snippets take as given, of the arrays in this directory: each image with its first text."""
     image, owner = (torch.from_numpy(np.load(f"{name}.npy")) for name in ("image", "pairs"))
-    x = features = constant = image
+    x = features = constant = activations = logits = image
     caption_image = torch.arange(len(image))
     text = target = torch.from_numpy(np.load("text.npy"))[torch.searchsorted(owner, caption_image)]
     class_embeddings = prototypes = text[:10]
