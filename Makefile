@@ -30,14 +30,14 @@ REAL := $(PYTHON) -m bench.real
 
 real: $(VENV)/.installed-real
 	$(REAL).fetch
-	parts=$$($(REAL).parts | tail -1) && for part in train val test; do $(VENV)/bin/fastprob embed \
+	parts=$$($(REAL).parts | tail -1) && for part in train val test outside; do $(VENV)/bin/fastprob embed \
 		--from-arrays $$parts/$$part/image.npy $$parts/$$part/text.npy --pairs $$parts/$$part/pairs.npy \
 		--captions $$parts/$$part/captions.txt --encoder-name openclipart-heads --out $(REAL_OUT)/$$part || exit; done
 	$(VENV)/bin/fastprob fit --store $(REAL_OUT)/train --val-store $(REAL_OUT)/val --out $(REAL_OUT)/adapter \
 		$$(if [ -e $(REAL_OUT)/adapter/last.pt ]; then echo --resume; fi)
 	$(VENV)/bin/fastprob calibrate --store $(REAL_OUT)/val --checkpoint $(REAL_OUT)/adapter --overwrite
 	$(VENV)/bin/fastprob eval --store $(REAL_OUT)/test --checkpoint $(REAL_OUT)/adapter --out $(REAL_OUT)/eval \
-		--truth $$($(REAL).parts | tail -1)/test/truth.npy
+		--outside $(REAL_OUT)/outside --truth $$($(REAL).parts | tail -1)/test/truth.npy
 	$(REAL).study --first 12
 	$(REAL).report --out $(REAL_OUT)
 

@@ -7,6 +7,7 @@ import pathlib
 import sys
 import tarfile
 import threading
+import types
 import zipfile
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
-from bench.real import fetch, measures, openclipart, study
+from bench.real import fetch, measures, openclipart, parts, study
 from bench.real.parts import Part
+from bench.real.towers import Head
 from fastprob.adapters import PairedEmbeddings
+from fastprob.data import DigitScenes
 from fastprob.evaluation.selective import Ranked
 
 # ------------------------------------------------------------------------------------------------- fetching
@@ -307,3 +310,19 @@ def test_a_partial_correlation_leaves_out_what_is_given():
     given, noise, other = torch.randn(3, 4000, generator=generator).double()
     assert abs(measures.partial_spearman(given + noise, given + other, given)) < 0.05
     assert measures.partial_spearman(given + noise, given + noise + 0.1 * other, given) > 0.9
+
+
+def test_scenes_outside_openclipart_pass_its_heads_once(monkeypatch, tmp_path):
+    heads, calls = (Head(torch.rand(9, 6), 0.5, 4).eval(), Head(torch.rand(9, 5), 0.5, 4).eval()), []
+    image, text = torch.rand(3, 6), torch.rand(15, 5)
+    monkeypatch.setattr(parts, "SCENES", 3)
+    monkeypatch.setattr(parts, "encode_openclipart", lambda cache: types.SimpleNamespace(heads=heads))
+    monkeypatch.setattr(parts, "encode_images", lambda images, cache: calls.append(list(images)) or image)
+    monkeypatch.setattr(parts, "encode_texts", lambda texts, cache: calls.append(list(texts)) or text)
+    scenes = DigitScenes("test", num_scenes=3)
+    for _ in range(2):
+        found = parts.outside(tmp_path)
+        assert found.data.image.equal(heads[0](image)) and found.data.text.equal(heads[1](text))
+        assert found.data.caption_image.equal(scenes.caption_image) and found.captions == scenes.captions
+        assert found.truth.equal(scenes.matches()) and not found.data.image.requires_grad
+    assert [len(each) for each in calls] == [3, 15] and calls[0][2].tobytes() == scenes[2][0].tobytes()

@@ -7,7 +7,8 @@ A part is a directory:
     image.npy [N, D], text [M, D] float32    pairs.npy [M] int64, the picture of each caption    captions.txt, M lines
     truth.npy [M, N] bool, whether a caption is true of a picture    kind.npy [M] int64, how specific the caption is
 
-The parts of openclipart are heads, train, val and test; those of DigitScenes are train, val and test.
+The parts of openclipart are heads, train, val and test, and outside: scenes of digits as the same towers and heads see
+them, which match nothing there. Those of DigitScenes are train, val and test.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from fastprob.encoders import load_encoder
 
 from .fetch import DRAWINGS, PICTURES, cache_directory, fetch, work_directory
 from .openclipart import Caption, Picture, captions_of, find_pictures, split, truth
-from .towers import Head, Rows, features, train_heads
+from .towers import Head, Rows, encode_images, encode_texts, features, train_heads
+
+SCENES = 300  # of digits, outside openclipart
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,18 @@ def _make_openclipart(cache: Path, root: Path) -> None:
         _part(unit, every.members(name)).save(root / name)
 
 
+@torch.no_grad()
+def outside(cache: Path) -> Part:
+    """Digit scenes through openclipart's towers and heads, made on the first call and kept in `cache`."""
+    directory = openclipart_directory(cache) / "outside"
+    if not directory.exists():
+        scenes, (image_head, text_head) = DigitScenes("test", num_scenes=SCENES), encode_openclipart(cache).heads
+        image = image_head(encode_images([picture for picture, _ in scenes], cache))
+        data = PairedEmbeddings(image, text_head(encode_texts(scenes.captions, cache)), scenes.caption_image)
+        Part(data, scenes.captions, scenes.matches(), scenes.caption_level).save(directory)
+    return Part.load(directory)
+
+
 def rows_of(image: Tensor, text: Tensor, own: list[Tensor], members: list[int]) -> Rows:
     """The rows of these pictures and of their captions; own: rows of `text` of each picture's captions."""
     counts = torch.tensor([len(own[i]) for i in members])
@@ -190,6 +205,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="where what was fetched and made of it is kept")
     cache = cache_directory(parser.parse_args().cache)
     openclipart(cache)
+    outside(cache)
     print(openclipart_directory(cache))
 
 
