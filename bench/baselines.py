@@ -137,6 +137,23 @@ def best_bottleneck(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return t, (mean.square() - kept * (1 + lost)) / 2 + F.softplus(logits)
 
 
+def released_queue(queries, keys, ids, key_ids, temperature, teacher, warmer, alpha) -> Tensor:
+    """ALBEF's image side as released, its targets uniform over the keys of an image."""
+    with torch.no_grad():
+        positives = torch.eq(ids.view(-1, 1), key_ids.view(1, -1)).to(queries.dtype)
+        targets = positives / positives.sum(1, keepdim=True).clamp(min=1)
+        targets = alpha * F.softmax(teacher @ keys.T / warmer, dim=1) + (1 - alpha) * targets
+    return -torch.sum(F.log_softmax(queries @ keys.T / temperature, dim=1) * targets, dim=1).mean()
+
+
+def best_queue(queries, keys, ids, key_ids, temperature, teacher, warmer, alpha) -> Tensor:
+    """The same with the temperatures at the queries and no logarithm but a row's."""
+    s, positives = queries / temperature @ keys.T, ids[:, None] == key_ids
+    share = (1 - alpha) / positives.sum(1, keepdim=True).clamp(min=1)
+    targets = torch.addcmul(alpha * (teacher / warmer @ keys.T).softmax(1), positives.to(s.dtype), share)
+    return (targets.sum(1) * s.logsumexp(1) - torch.linalg.vecdot(targets, s)).mean()
+
+
 # Operator -> name of a baseline -> the operator's tensors to its result, in the paper's form.
 BASELINES = {
     "bottleneck": {"eager as released": released_bottleneck, "eager best": best_bottleneck},
@@ -154,6 +171,7 @@ BASELINES = {
     "gaussian_potential": {"eager as released": released_potential, "eager best": best_potential},
     "mc_dropout": {"eager loop": looped_dropout, "eager best": best_dropout},
     "prototype_dispersion": {"eager as released": released_dispersion},
+    "queue_contrastive_loss": {"eager as released": released_queue, "eager best": best_queue},
     "ggd_pairwise_nll": {"eager best": best_pairwise},
     "ggd_nearest": {"eager best": best_nearest},
 }

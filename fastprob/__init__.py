@@ -19,6 +19,7 @@ from fastprob.ops.ggd_variance import ggd_variance
 from fastprob.ops.mc_dropout import mc_dropout
 from fastprob.ops.probvlm_loss import probvlm_loss
 from fastprob.ops.prototype_dispersion import prototype_dispersion
+from fastprob.ops.queue_contrastive_loss import queue_contrastive_loss
 
 from fastprob._backends import backend, info, load  # isort: skip  (after the operators, whose kernels it chooses)
 
@@ -53,6 +54,7 @@ __all__ = [
     "probvlm_loss",
     "prompts",
     "prototype_dispersion",
+    "queue_contrastive_loss",
     "training",
 ]
 

@@ -70,7 +70,7 @@ def few_scenes(monkeypatch):
 def stand_in(tmp_path_factory):
     """What the snippets call ViT-B-32 and its weights -> what is there."""
     directory = tmp_path_factory.mktemp("stand-in")
-    toy_clip.register(directory, "stand-in", context_length=77)
+    toy_clip.register(directory, "stand-in", context_length=77, layers=2)
     return {"ViT-B-32": "stand-in", "laion2b_s34b_b79k": toy_clip.weights(directory, "stand-in", 0)}
 
 
@@ -103,6 +103,8 @@ def given():
     text = target = torch.from_numpy(np.load("text.npy"))[torch.searchsorted(owner, caption_image)]
     class_embeddings = prototypes = text[:10]
     labels = caption_image % 10
+    queries, ids, keys, key_ids = image, caption_image, torch.cat([text, text]), caption_image.repeat(2)
+    teacher, temperature, alpha = image.roll(1, 0), torch.tensor(0.07), torch.tensor(0.4)
     adapter = any_module = GGDAdapter(image.shape[1])
     image_distribution, text_distribution = adapter(image), GGDAdapter(image.shape[1])(text)
     image_mean, text_mean = image_distribution[0], text_distribution[0]

@@ -15,7 +15,7 @@ FORMS = ("paper", "released")
 
 def results_of(op, tensors, options):
     """Results and gradients."""
-    leaves = leaves_of(tensors)
+    leaves = leaves_of(tensors, op)
     results = as_tuple(op.function(*leaves, **options))
     return [r.detach() for r in results] + list(
         torch.autograd.grad(moving(results), moving(leaves), weights_for(results), allow_unused=True)

@@ -65,7 +65,7 @@ def grad_places(op):
 
 def values_and_grads(op, tensors, options, inputs=None):
     """The results, and the gradients of all tensors that have one."""
-    inputs = leaves_of(tensors) if inputs is None else inputs
+    inputs = leaves_of(tensors, op) if inputs is None else inputs
     results = as_tuple(op.function(*inputs, **options))
     leaves = [inputs[i] for i in grad_places(op) if inputs[i] is not None]
     grads = torch.autograd.grad(moving(results), leaves, weights_for(results)) if moving(results) else []
@@ -111,7 +111,7 @@ def test_nan_inf_and_outside_the_domain_as_the_reference(op, bad):
     for tensors, options in small_samples(op):
         for place, i in enumerate(grad_places(op)):
             inputs = cast(tensors, torch.float32)
-            inputs[i][1, 2] = bad
+            inputs[i][(1, 2) if inputs[i].dim() else ()] = bad
             check_budget(op, inputs, options)
             value, *rest = values_and_grads(op, inputs, options)
             if bad != bad:
@@ -129,7 +129,7 @@ def is_linear(op, tensors, options, place):
 
 def explicit(op, tensors):
     """Leaves of which numerical derivatives are the declared ones, and which have second ones."""
-    leaves = leaves_of(tensors)
+    leaves = leaves_of(tensors, op)
     return [t.detach() if name in op.implicit else t for name, t in zip(op.tensors, leaves)]
 
 
@@ -166,7 +166,7 @@ def test_opcheck(op, dtype):
     """The checks are of the mechanism: one operator with kernels and one without serve for other dtypes."""
     for tensors, options in small_samples(op):
         tensors = cast(tensors, dtype)
-        torch.library.opcheck(op.overload(op.name), leaves_of(tensors), options)
+        torch.library.opcheck(op.overload(op.name), leaves_of(tensors, op), options)
         needs = {**options, "needs": sum(1 << i for i in grad_places(op)[1:])}
         results = as_tuple(op.function(*tensors, **options))
         grads = [torch.ones_like(r) for r, a in zip(results, op.results) if a.kind.differentiable]
@@ -189,7 +189,7 @@ def test_compile_fullgraph(op, dynamic):
     # Inductor takes seconds; sizes that change are Dynamo's business.
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager" if dynamic else "inductor")
     for rows in (3, 7) if dynamic else (3,):
-        inputs = leaves_of(op.inputs(maker(), rows, *small_size(op)[1:]))
+        inputs = leaves_of(op.inputs(maker(), rows, *small_size(op)[1:]), op)
         expected = torch.autograd.grad(step(*inputs), moving(inputs))
         for a, b in zip(torch.autograd.grad(compiled(*inputs), moving(inputs)), expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -204,7 +204,7 @@ from fastprob._op import OPS
 
 op = OPS[{name!r}]
 tensors, options = list(op.samples(maker()))[-1]
-inputs = leaves_of(tensors)
+inputs = leaves_of(tensors, op)
 step = lambda *t: sum(r.sum() for r in as_tuple(op.function(*t, **options)) if r.is_floating_point())
 compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
 actual = torch.autograd.grad(compiled(*inputs), moving(inputs))
@@ -232,7 +232,7 @@ def test_without_gradients(op):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), [2 * e for e in expected])
     with torch.no_grad():
-        torch.testing.assert_close(as_tuple(op.function(*leaves_of(tensors), **options)), expected)
+        torch.testing.assert_close(as_tuple(op.function(*leaves_of(tensors, op), **options)), expected)
     on_meta = as_tuple(op.function(*[t if t is None else t.to("meta") for t in tensors], **options))
     assert [(r.shape, r.dtype) for r in on_meta] == [(e.shape, e.dtype) for e in expected]
 
@@ -279,7 +279,7 @@ def test_autocast_leaves_float64_alone(op):
 
 def rows_of(op, tensors, options):
     """Three problems stacked along a new first axis; and the options of each: an operator that draws, draws anew."""
-    problems = [tensors, [t.flip(0) for t in tensors], [(t / 2).to(t.dtype) for t in tensors]]
+    problems = [tensors, [t.flip(0) if t.dim() else t for t in tensors], [(t / 2).to(t.dtype) for t in tensors]]
     stacked = [torch.stack(each) for each in zip(*problems)]
     seeds = [{"seed": seed_of_row(options["seed"], i)} if "seed" in options else {} for i in range(3)]
     return stacked, [{**options, **seed} for seed in seeds]
@@ -294,15 +294,15 @@ def test_func_grad_and_vmap(op):
         return sum((r * w).sum() for r, w in zip(results, weights))
 
     for tensors, options in small_samples(op):
-        results = floating_results(op, leaves_of(tensors), options)
+        results = floating_results(op, leaves_of(tensors, op), options)
         weights = [w.detach() for w in weights_for(results)]
         grads = torch.func.grad(total, argnums=tuple(places))
         torch.testing.assert_close(list(grads(*tensors)), values_and_grads(op, tensors, options)[count:])
         stacked, by_row = rows_of(op, tensors, options)
         expected = [values_and_grads(op, [t[i] for t in stacked], by_row[i])[count:] for i in range(3)]
         for axis in (0, 1, -1):
-            laid = [t.movedim(0, axis) for t in stacked]
-            in_dims = tuple([axis] * len(tensors))
+            in_dims = tuple(axis if t.dim() > 1 else 0 for t in stacked)
+            laid = [t.movedim(0, axis) for t, axis in zip(stacked, in_dims)]
             actual = torch.func.vmap(grads, in_dims=in_dims)(*laid)
             torch.testing.assert_close(list(actual), [torch.stack(each) for each in zip(*expected)])
         last = [op.function(*tensors[:-1], t, **o) for t, o in zip(stacked[-1], by_row)]
@@ -396,9 +396,9 @@ def test_forward_mode_raises_rather_than_being_wrong(op):
 
 
 LAYOUTS = {
-    "transposed": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "transposed": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0) if t.dim() else t,
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
-    "expanded": lambda t: t[:1].expand(t.shape),
+    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() else t,
     "offset": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
 }
 
@@ -411,7 +411,7 @@ def test_any_memory_layout(op, layout, path):
         for tensors, options in small_samples(op):
             laid = [LAYOUTS[layout](t) for t in tensors]
             expected = values_and_grads(op, [t.contiguous() for t in laid], options)
-            inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in laid]
+            inputs = [t.detach().requires_grad_(i in grad_places(op)) for i, t in enumerate(laid)]
             results = as_tuple(op.function(*inputs, **options))
             torch.testing.assert_close([r.detach() for r in results], expected[: len(results)], rtol=0, atol=0)
             weights = [w.movedim(0, -1).contiguous().movedim(-1, 0) if w.dim() else w for w in weights_for(results)]
@@ -443,7 +443,7 @@ def test_broadcast_inputs_get_summed_gradients(op):
 def test_no_second_derivatives_of_implicit_gradients(op):
     tensors, options = next(small_samples(op))
     for name in op.implicit:
-        leaves = leaves_of(tensors)
+        leaves = leaves_of(tensors, op)
         at = leaves[op.tensors.index(name)]
         for first, second in (leaves, leaves[:1]), ([at], leaves[:1]), (leaves[1:2], [at]):
             results = floating_results(op, leaves, options)
@@ -473,7 +473,7 @@ def test_only_what_asks_gets_a_gradient(op):
 def test_backward_again_and_accumulated(op):
     for tensors, options in small_samples(op):
         expected = values_and_grads(op, tensors, options)[len(op.results) :]
-        inputs = leaves_of(tensors)
+        inputs = leaves_of(tensors, op)
 
         def total(*tensors):
             results = floating_results(op, tensors, options)
@@ -510,7 +510,7 @@ def test_no_gradient_makes_none(reduction):
 @each_op
 def test_empty_tensors_have_empty_gradients(op, upstream):
     index = next(i for i, (tensors, _) in enumerate(op.samples(maker())) if not tensors[0].numel())
-    inputs = leaves_of(sample(op, index)[0])
+    inputs = leaves_of(sample(op, index)[0], op)
     results = floating_results(op, inputs, sample(op, index)[1])
     grads = torch.autograd.grad(results, moving(inputs), [torch.full_like(r, upstream) for r in results])
     assert [g.shape for g in grads] == [t.shape for t in moving(inputs)]
@@ -542,7 +542,7 @@ def many(op):
 
 # What is done to the last floating tensor, and what is said of it; of indices see test_bad_labels_are_named.
 BAD_INPUT = {
-    "shape": (lambda t: t[..., :2].flatten(), r"broadcast|must be \["),
+    "shape": (lambda t: t[..., :2].flatten() if t.dim() else t[None], r"broadcast|must be \[|must be a scalar"),
     "integer": (lambda t: t.long(), "float64, float32"),
     "dtype": (lambda t: t.float(), "torch.float64 on cpu"),
     "device": (lambda t: t.to("meta"), "on meta"),

@@ -13,13 +13,11 @@ DIM = 24
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def register(directory: Path, name: str, dim: int = DIM, context_length: int = 16) -> Path:
+def register(directory: Path, name: str, dim: int = DIM, context_length: int = 16, layers: int = 1) -> Path:
     """Write and register an open_clip model config, as users do with theirs; return its file."""
-    config = {
-        "embed_dim": dim,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 1, "width": 32, "head_width": 16},
-        "text_cfg": {"context_length": context_length, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
+    vision = {"image_size": 16, "patch_size": 8, "layers": layers, "width": 32, "head_width": 16}
+    text = {"context_length": context_length, "vocab_size": 49408, "width": 32, "heads": 2, "layers": layers}
+    config = {"embed_dim": dim, "vision_cfg": vision, "text_cfg": text}
     file = directory / f"{name}.json"
     file.write_text(json.dumps(config))
     open_clip.add_model_config(file)

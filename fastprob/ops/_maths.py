@@ -42,3 +42,10 @@ def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 def has_numbers(tensor: Tensor) -> bool:
     """Whether a tensor is no fake, of which only the shape is asked."""
     return type(tensor) is Tensor and tensor.device.type != "meta"
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers that can be looked at, and without waiting for a device."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" and type(tensor) is Tensor  # a subclass may be a fake

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprob._op import Indices, operator
-from fastprob.ops._maths import add_rows, wide
+from fastprob.ops._maths import add_rows, readable, wide
 
 
 def _check(*, x, prototypes, labels):
@@ -23,19 +23,12 @@ def _check(*, x, prototypes, labels):
         )
     if labels.dim() != 1 or labels.shape[0] != x.shape[0]:
         raise ValueError(f"prototype_dispersion: labels must be [B] with B = {x.shape[0]}, got {list(labels.shape)}")
-    if _readable(labels) and labels.numel():
+    if readable(labels) and labels.numel():
         low, high = (int(end) for end in labels.aminmax())
         if low < 0 or high >= prototypes.shape[0]:
             raise ValueError(
                 f"prototype_dispersion: labels must be in 0..{prototypes.shape[0] - 1}, got {low if low < 0 else high}"
             )
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether a tensor has numbers that can be looked at, and without waiting for a device."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return tensor.device.type == "cpu" and type(tensor) is Tensor  # a subclass may be a fake
 
 
 def _inputs(make, count, dim, classes):
