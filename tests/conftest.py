@@ -14,6 +14,11 @@ EPSILON = {torch.float64: 2e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7, tor
 FACTOR = 2 if os.environ.get("EMULATED_ERROR", "exact") == "exact" else 8
 
 
+def pytest_collection_modifyitems(items):
+    """Long tests first: at the end a worker would wait for the last of them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from fastprob.data import digitscenes
 from fastprob.data.store import EmbeddingStore
 from fastprob.demo import probvlm, speed, study
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.long]
 
 
 def test_probvlm_demo(tmp_path, monkeypatch, capsys):

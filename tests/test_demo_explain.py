@@ -13,7 +13,7 @@ from fastprob.demo import explain, explain_maps
 from fastprob.encoders import load_encoder
 from fastprob.evaluation.statistics import mean_std
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.long]
 SIZE = explain_maps.Size(scenes=6, chosen_on=3, checked=2, tuned_on=8, steps=2, batch=4, masks=10)
 OPTIONS = {"size": SIZE, "seeds": (0, 1), "betas": (0.1, 2.0)}
 

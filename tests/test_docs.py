@@ -123,6 +123,7 @@ def run_command(line):
     assert cli.main(arguments) == 0, line
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_run_as_they_are_typed(page, files, stand_in, tmp_path, monkeypatch):

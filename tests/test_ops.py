@@ -636,6 +636,7 @@ def test_wrong_calls_raise_type_errors():
             fastprob.ggd_nll(x, x, beta, x)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_cpu_builds(capability):
     """The kernels for lesser processors, in a process that believes to run on one."""

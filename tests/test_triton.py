@@ -34,6 +34,7 @@ def name_of(value):
     return value.name if hasattr(value, "name") else str(value).removeprefix("torch.")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(INTERPRETING, reason="is the second run itself")
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "TestValues"]

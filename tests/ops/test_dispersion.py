@@ -98,6 +98,7 @@ class TestOnce:
                 with pytest.raises((IndexError, RuntimeError), match="out of range"):
                     torch.ops.fastprob._prototype_dispersion_backward(torch.ones(()), x, prototypes, labels, needs=3)
 
+    @pytest.mark.long
     def test_triton_kernel(self):
         pytest.importorskip("triton")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

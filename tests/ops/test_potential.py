@@ -218,6 +218,7 @@ class TestOnce:
             kernel._gaussian_potential_value_and_grad(torch.empty(21_000, 512), **options)
         assert memory.peak - 2 * 21_000 * 512 * 4 < 0.1e9
 
+    @pytest.mark.long
     def test_triton_kernel(self):
         pytest.importorskip("triton")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
