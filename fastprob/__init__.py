@@ -51,6 +51,7 @@ __all__ = [
     "mc_dropout",
     "mc_dropout_passes",
     "nn",
+    "pretraining",
     "probvlm_loss",
     "prompts",
     "prototype_dispersion",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         encoders,
         evaluation,
         nn,
+        pretraining,
         prompts,
         training,
     )
