@@ -133,7 +133,7 @@ def test_negatives_come_as_often_as_the_softmax_says():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_edges_that_multinomial_stops_at(dtype):
-    """One pair; all of one image; similarities so far apart that every chance but one is 0; NaN."""
+    """One pair; all of one image; similarities so far apart that every chance but one is 0; NaN and 0."""
     one = torch.ones(1, 1, dtype=dtype)
     assert hard_negatives(one, torch.tensor([3]), torch.tensor([3]), seed=0)[1].tolist() == [False]
     alike = torch.zeros(3, dtype=torch.int64)
@@ -141,8 +141,9 @@ def test_edges_that_multinomial_stops_at(dtype):
     far = torch.tensor([[6e4, -6e4, -6e4], [-6e4, 6e4, -6e4]], dtype=dtype)
     which, found = hard_negatives(far, torch.tensor([0, 1]), torch.arange(3), seed=0)
     assert found.all() and which[0] != 0 and which[1] != 1
-    which, found = hard_negatives(far * torch.nan, torch.tensor([0, 1]), torch.arange(3), seed=0)
-    assert found.all() and which[0] != 0 and which[1] != 1
+    for nothing in (torch.nan, -torch.inf):
+        which, found = hard_negatives(torch.full_like(far, nothing), torch.tensor([0, 1]), torch.arange(3), seed=0)
+        assert found.all() and which[0] != 0 and which[1] != 1
     assert hard_negatives(far[:0], alike[:0], alike, seed=0)[0].shape == (0,)
 
 

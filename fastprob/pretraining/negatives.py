@@ -46,5 +46,5 @@ def hard_negatives(similarities: Tensor, query_ids: Tensor, ids: Tensor, *, seed
     numbers = torch.stack(words(group, seed=seed, stream=STREAM), 1).flatten()[:count].view_as(similarities)
     noise = -(-((numbers.double() + 0.5) * 2**-32).log()).log()
     candidates = query_ids[:, None] != ids
-    chances = (similarities.double().nan_to_num() + noise).masked_fill(~candidates, -torch.inf)
+    chances = (similarities.nan_to_num() + noise).masked_fill(~candidates, -torch.inf)
     return chances.argmax(1), candidates.any(1)
