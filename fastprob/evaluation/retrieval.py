@@ -17,8 +17,9 @@ Match = Tensor | tuple[Tensor, Tensor]
 _TIE = 1e-6
 """Cosine similarities closer than this tie: float32 sums of equal rows differ by less, from batch to batch."""
 
-_ROWS, _COLUMNS = 1 << 11, 1 << 12
-"""Queries and gallery items of a block: two of them, of 33 MB each, are what is held at a time."""
+_ROWS, _COLUMNS = 1 << 13, 1 << 10
+"""Queries and gallery items of a block: two of them, of 33 MB each, are what is held at a time. Every block of queries
+reads the whole gallery, which may not fit into memory, so that it has many of these."""
 
 
 def recall_at_k(query: Tensor, gallery: Tensor, match: Match, k: int = 1) -> float:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastprob._arguments import as_tensor
 
-_WEIGHTS = 1 << 22
-"""Weights of a bootstrap held at a time, 32 MB."""
+_WEIGHTS = 1 << 20
+"""Weights of a bootstrap held at a time, 8 MB."""
 
 
 @dataclass(frozen=True)
