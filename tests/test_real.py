@@ -17,7 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent))
 
 from bench.real import fetch, measures, openclipart, parts, study
 from bench.real.parts import Part
-from bench.real.towers import Head
+from bench.real.towers import Head, Rows, train_heads
 from fastprob.adapters import PairedEmbeddings
 from fastprob.data import DigitScenes
 from fastprob.evaluation.selective import Ranked
@@ -326,3 +326,12 @@ def test_scenes_outside_openclipart_pass_its_heads_once(monkeypatch, tmp_path):
         assert found.data.caption_image.equal(scenes.caption_image) and found.captions == scenes.captions
         assert found.truth.equal(scenes.matches()) and not found.data.image.requires_grad
     assert [len(each) for each in calls] == [3, 15] and calls[0][2].tobytes() == scenes[2][0].tobytes()
+
+
+def test_heads_are_trained_where_no_gradients_are_asked_for(monkeypatch):
+    """The parts are made under no_grad."""
+    monkeypatch.setattr("bench.real.towers.HEAD_EPOCHS", 1)
+    rows = Rows(torch.rand(4, 6), torch.rand(8, 5), torch.arange(8) // 2)
+    with torch.no_grad():
+        heads = train_heads(rows)
+    assert [head(x).shape for head, x in zip(heads, (rows.image, rows.text))] == [(4, 128), (8, 128)]

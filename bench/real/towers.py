@@ -138,6 +138,7 @@ class Rows:
     caption_image: Tensor
 
 
+@torch.enable_grad()  # whatever asks for them
 def train_heads(data: Rows, seed: int = 0) -> tuple[Head, Head]:
     """Heads by open_clip's loss; an epoch has every picture once, with one random caption of its own."""
     cpu = torch.device("cpu")
