@@ -9,6 +9,7 @@ telling first, and says how many are left. `python -m bench.real.report` turns t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fastprob._files import write_atomically
 from fastprob.adapters import GGDAdapter, PairedEmbeddings, TrainConfig, fit, predict
+from fastprob.demo.study import each_on_a_thread
 
 from .fetch import cache_directory, work_directory
 from .parts import SETS, Part
@@ -162,22 +163,30 @@ def runs_directory(cache: Path) -> Path:
     return work_directory(cache) / "runs"
 
 
+@functools.cache
+def _parts(dataset: str, cache: Path) -> dict[str, Part]:
+    return SETS[dataset](cache)
+
+
+def _make(cache: Path, end: float, setting: Setting) -> None:
+    """A run's file, unless it is too late."""
+    if time.time() < end:
+        found = run(setting, _parts(setting.dataset, cache))
+        write_atomically(runs_directory(cache) / f"{setting.name}.json", json.dumps(found) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="where what was fetched and the runs are kept")
     parser.add_argument("--first", type=int, help="only the first so many runs (default: all)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
     args = parser.parse_args()
-    cache, end = cache_directory(args.cache), time.monotonic() + 60 * args.minutes
-    parts = {name: make(cache) for name, make in SETS.items()}
+    cache, end = cache_directory(args.cache), time.time() + 60 * args.minutes
+    for dataset in SETS:
+        _parts(dataset, cache)  # made once, here
     files = {each: runs_directory(cache) / f"{each.name}.json" for each in islice(settings(), args.first)}
     missing = [each for each, file in files.items() if not file.exists()]
-    bar = tqdm(missing, "study", len(files), initial=len(files) - len(missing), unit="run")
-    for setting in bar:
-        if time.monotonic() > end:
-            break
-        bar.set_postfix_str(setting.name)
-        write_atomically(files[setting], json.dumps(run(setting, parts[setting.dataset])) + "\n")
+    each_on_a_thread(functools.partial(_make, cache, end), missing, "study")
     left = sum(not file.exists() for file in files.values())
     print(f"{len(files) - left} of {len(files)} runs are there, {left} are missing")
 
