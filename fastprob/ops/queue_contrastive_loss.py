@@ -9,7 +9,7 @@ g_ij = (w_i p_ij - y_ij) / B, and so the gradients are
 
     of q_i: sum over j of g_ij k_j / tau;    of tau: -sum over i, j of g_ij s_ij / tau
 
-One sweep over the keys makes all of it: besides the sums of both softmaxes it keeps, for each query, the sum of the
+One sweep over the keys can make all of it: besides the sums of both softmaxes it keeps, for each query, the sum of the
 keys under each of them. Both are held relative to the largest exponent so far.
 """
 
@@ -102,10 +102,9 @@ def queue_contrastive_loss(
         p_i = softmax over j of q_i k_j / tau,    r_i = softmax over j of u_i k_j / tau'
         loss = mean over i of sum over j of -(alpha r_ij + (1 - alpha) h_ij) log p_ij
 
-    h_ij is uniform over the keys with query i's id. Value and gradients in one pass over the keys, in memory of the
-    size of the queries; the reference takes [B, K]. Keys and targets are constants: gradients are of queries and
-    temperature. ALBEF's and BLIP's loss is the mean of this one for images as queries and for texts. Half types are
-    computed in float32.
+    h_ij is uniform over the keys with query i's id. The kernels work through the keys in blocks and never hold [B, K];
+    the reference does. Keys and targets are constants: gradients are of queries and temperature. ALBEF's and BLIP's
+    loss is the mean of this one for images as queries and for texts. Half types are computed in float32.
 
     Args:
         queries: [B, D], features of the batch, of unit norm as a rule; float64, float32, bfloat16 or float16.
