@@ -31,24 +31,27 @@ def words(group: Tensor, *, seed: int, stream: int, draw: int = 0) -> tuple[Tens
     return c0, c1, c2, c3
 
 
+def numbers(first: int, last: int, *, seed: int, stream: int, draw: int = 0, device: torch.device) -> Tensor:
+    """[last - first] numbers of the elements from the first on, int64 in 0..2^32-1."""
+    group = torch.arange(first >> 2, (last + 3) >> 2, device=device)
+    return torch.stack(words(group, seed=seed, stream=stream, draw=draw), 1).flatten()[first & 3 :][: last - first]
+
+
 def kept(
     passes: int, units: int, *, p: float, seed: int, device: torch.device, stream: int = 0, first: int = 0
 ) -> Tensor:
     """[passes, units] bool: what dropout of probability p keeps in the passes from `first` on. Element
     pass * units + unit is dropped where its number is below floor(p 2^32).
     """
-    start, end = first * units, (first + passes) * units
-    group = torch.arange(start >> 2, (end + 3) >> 2, device=device)
-    numbers = torch.stack(words(group, seed=seed, stream=stream), 1).flatten()[start & 3 :][: end - start]
-    return (numbers >= int(p * 2**32)).view(passes, units)
+    drawn = numbers(first * units, (first + passes) * units, seed=seed, stream=stream, device=device)
+    return (drawn >= int(p * 2**32)).view(passes, units)
 
 
 def normals(count: int, *, seed: int, stream: int, draw: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[count] standard normal numbers, of the elements from 0 on, by Box and Muller: an even element and the next one
     are R cos and R sin of an angle; R is of the first one's bits and the angle of the second one's. None is above 5.8.
     """
-    group = torch.arange((count + 3) >> 2, device=device)
-    w = torch.stack(words(group, seed=seed, stream=stream, draw=draw), 1).view(-1, 2)
+    w = numbers(0, (count + 1) // 2 * 2, seed=seed, stream=stream, draw=draw, device=device).view(-1, 2)
     radius = (-2 * (((w[:, 0] >> 8) + 1).to(dtype) * 2**-24).log()).sqrt()
     angle = 2 * math.pi * (w[:, 1].to(dtype) * 2**-32)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()[:count]

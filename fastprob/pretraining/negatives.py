@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprob.ops._random import words
+from fastprob.ops._random import numbers
 
 STREAM = (1 << 31) + 2
 
@@ -41,10 +41,8 @@ def hard_negatives(similarities: Tensor, query_ids: Tensor, ids: Tensor, *, seed
     for name, each, length in zip(("query_ids", "ids"), (query_ids, ids), similarities.shape):
         if each.shape != (length,):
             raise ValueError(f"hard_negatives: {name} must be [{length}], got {list(each.shape)}")
-    count = similarities.numel()
-    group = torch.arange((count + 3) >> 2, device=similarities.device)
-    numbers = torch.stack(words(group, seed=seed, stream=STREAM), 1).flatten()[:count].view_as(similarities)
-    noise = -(-((numbers.double() + 0.5) * 2**-32).log()).log()
+    drawn = numbers(0, similarities.numel(), seed=seed, stream=STREAM, device=similarities.device)
+    noise = -(-((drawn.double() + 0.5) * 2**-32).log()).log().view_as(similarities)
     candidates = query_ids[:, None] != ids
     chances = (similarities.nan_to_num() + noise).masked_fill(~candidates, -torch.inf)
     return chances.argmax(1), candidates.any(1)
