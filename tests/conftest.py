@@ -52,10 +52,11 @@ def cast(tensors, dtype):
     return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors]
 
 
-def leaves_of(tensors, op=None):
-    """Copies that ask for gradients where they can, all floating ones or those that have one in an operator."""
-    floating = [t is not None and t.is_floating_point() for t in tensors]
-    asking = floating if op is None else [a.kind.differentiable for a in op.arguments]
+def leaves_of(tensors, op=None, wanted=None):
+    """Copies that ask for gradients: all floating ones, or those that have one in an operator, or the `wanted`."""
+    asking = [t is not None and t.is_floating_point() for t in tensors]
+    if op is not None:
+        asking = [name in (op.differentiable if wanted is None else wanted) for name in op.tensors]
     return [t if t is None else t.detach().clone().requires_grad_(asks) for t, asks in zip(tensors, asking)]
 
 

@@ -12,7 +12,7 @@ import subprocess
 import instructions
 import pytest
 import torch
-from conftest import as_tuple, assert_within_budget, cast, maker, moving, weights_for
+from conftest import as_tuple, assert_within_budget, cast, leaves_of, maker, moving, weights_for
 
 import fastprob
 from fastprob import _backends
@@ -108,14 +108,8 @@ def call(op, inputs, options):
     return [*(r.detach() for r in results), *grads]
 
 
-def asking(op, tensors, wanted=None):
-    """Copies of which those ask for a gradient that have one, or those of them that are `wanted`."""
-    names = op.differentiable if wanted is None else wanted
-    return [t if t is None else t.detach().clone().requires_grad_(n in names) for n, t in zip(op.tensors, tensors)]
-
-
 def run(op, tensors, options):
-    return call(op, asking(op, tensors), options)
+    return call(op, leaves_of(tensors, op), options)
 
 
 def check_budget(op, tensors, options):
@@ -187,7 +181,7 @@ def test_same_bits_on_another_stream(op, backend):
 @each_op
 def test_cuda_graph_replays_with_new_inputs(op, backend):
     tensors, options = large(op)
-    inputs = asking(op, tensors)
+    inputs = leaves_of(tensors, op)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -198,7 +192,7 @@ def test_cuda_graph_replays_with_new_inputs(op, backend):
         captured = call(op, inputs, options)
     with torch.no_grad():
         for t in moving(inputs):
-            t.copy_(t.flip(0) * 0.75)
+            t.copy_((t.flip(0) if t.dim() else t) * 0.75)
     graph.replay()
     for a, b in zip(captured, call(op, inputs, options), strict=True):
         assert torch.equal(a, b)
@@ -225,7 +219,7 @@ def test_only_the_gradients_that_are_asked_for(op, backend):
     names = op.differentiable
     full = dict(zip(names, run(op, tensors, options)[len(op.results) :], strict=True))
     for wanted in [{n} for n in names] + [set(names) - {n} for n in names if len(names) > 1]:
-        grads = call(op, asking(op, tensors, wanted), options)[len(op.results) :]
+        grads = call(op, leaves_of(tensors, op, wanted), options)[len(op.results) :]
         for name, grad in zip([n for n in names if n in wanted], grads, strict=True):
             # Those of fewer inputs are a kernel of their own, whose sums of terms that cancel round in other places.
             torch.testing.assert_close(grad, full[name], rtol=1e-6, atol=1e-7 * full[name].abs().max().item())
