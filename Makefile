@@ -46,6 +46,7 @@ real-study: $(VENV)/.installed-real
 	$(REAL).report --out bench/results/real
 	$(REAL).uncertainty --out bench/results/real
 	$(REAL).selection --out bench/results/real
+	$(REAL).outside
 
 # A small CLIP of these pictures and of emoji, once (cached), then prompts on emoji, CIFAR-10 and QuickDraw by every method.
 real-few-shot: $(VENV)/.installed-real
