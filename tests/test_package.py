@@ -5,6 +5,7 @@ import pkgutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ SUBPACKAGES = [
     "encoders",
     "evaluation",
     "nn",
+    "pretraining",
     "prompts",
     "training",
 ]
@@ -63,6 +65,14 @@ def test_subpackages_export_what_people_need_and_stay_light():
         [sys.executable, "-c", EXPORTS.format(LIGHT=LIGHT)], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_wheel_holds_every_package():
+    root = Path(__file__).parent.parent
+    tomllib = pytest.importorskip("tomllib")
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(file.parent.relative_to(root).parts) for file in (root / "fastprob").rglob("__init__.py")}
+    assert set(listed) == found | {"fastprob.kernels"}
 
 
 def test_no_function_hides_a_module():

@@ -300,6 +300,12 @@ class ImageTower(_Tower):
         """[B, 3, H, W] -> class token and patches as the first block takes them, [B, 1 + N, d]."""
         return self.tower._embeds(images)
 
+    def states(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 1 + N, d], normed: what the tower pools, then a state for every patch."""
+        batch = self.enter(images)
+        pooled, patches = self.tower._pool(self.run(batch, self.blocks).x)
+        return torch.cat([pooled[:, None], patches], dim=1)
+
     def read(self, x: Tensor) -> Tensor:
         """Hidden states behind the last block, [B, 1 + N, d] -> image features [B, D]."""
         pooled, _ = self.tower._pool(x)

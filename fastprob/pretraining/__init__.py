@@ -1,10 +1,11 @@
-"""Pretraining on images and texts: what ALBEF's and BLIP's objectives are made of.
+"""Pretraining on images and texts: ALBEF and BLIP, and what their objectives are made of.
 
-queue, contrast = Queue(57_600, 256), ImageTextContrast()
-follow(twin, model)                                             # twin = twin_of(model), before the twin's features
-loss = contrast(image, text, (twin_image, twin_text), ids, queue, alpha)
-which, found = hard_negatives(image @ text.T / contrast.temperature, ids, ids, seed=step)   # texts for matching
-queue.add(twin_image, twin_text, ids)                           # after the loss
+model = BLIP(visual, words_of(captions), BlipTextConfig())       # fastprob.pretraining.objectives: needs transformers
+teacher = Teacher(model.towers, 57_600)
+losses = model.losses(images, model.tokenize(captions), ids, teacher, alpha=0.4, seed=step)      # of one batch
+captions = model.caption(images, num_beams=3)
+
+Parts by themselves, which need no transformers: `ImageTextContrast`, `Queue`, `follow`, `twin_of`, `hard_negatives`.
 """
 
 from fastprob.pretraining.contrast import ImageTextContrast

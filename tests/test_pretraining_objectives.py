@@ -1,0 +1,265 @@
+"""ALBEF and BLIP against their papers' steps, plainly: images repeated for every text, all words scored everywhere."""
+
+import pytest
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+pytest.importorskip("transformers")
+
+from open_clip.transformer import VisionTransformer
+from transformers import BlipTextConfig
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
+
+from fastprob.data import DigitScenes
+from fastprob.pretraining import hard_negatives
+from fastprob.pretraining.masking import hide_tokens
+from fastprob.pretraining.objectives import ALBEF, BLIP
+from fastprob.pretraining.text import ImageKeys
+from fastprob.pretraining.tokens import words_of
+from fastprob.pretraining.towers import Teacher
+from fastprob.training import seed_of
+
+SCENES = DigitScenes("train", num_scenes=40)
+CAPTIONS = [
+    "a three at the top left",
+    "two digits",
+    "a seven below a one",
+    "handwriting",
+    "a four",
+    "an eight and a nine",
+]
+ALPHA, SEED, MOMENTUM = 0.3, 3, 0.9
+
+
+def made(kind, seed=0, **config):
+    torch.manual_seed(seed)
+    visual = VisionTransformer(16, 8, 24, 2, 3, 4.0)
+    visual.proj = None
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = BlipTextConfig(**sizes | {"max_position_embeddings": 16} | config)
+    return kind(visual, words_of(SCENES.captions), config, dim=20).double()
+
+
+def batch(model, images=3, each=2):
+    """Images, texts, and ids of which the first and the last image have the same one."""
+    pixels = torch.randn(images, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(images) % max(images - 1, 1)
+    return pixels, model.tokenize(CAPTIONS[: images * each]), ids
+
+
+def teacher_of(model, seed=2):
+    """One that is not the model, with a queue that has pairs of some ids."""
+    teacher = Teacher(model.towers, 11, momentum=MOMENTUM, seed=seed).double()
+    torch.manual_seed(seed)
+    for parameter in teacher.twin.parameters():
+        parameter.add_(torch.randn_like(parameter) / 50)
+    features = (F.normalize(torch.randn(5, 20, dtype=torch.float64), dim=1) for _ in range(2))
+    teacher.queue.add(*features, torch.tensor([0, 9, 1, 8, 7]))
+    return teacher
+
+
+# ---------------------------------------------------------------------------------------- the papers' steps, plainly
+
+
+def plain(ours, *args, **kwargs):
+    """Last states by transformers' own text model of the same weights, whose images are states, a row for each text."""
+    model = BlipTextModel(ours.config, add_pooling_layer=False)
+    return functional_call(model, dict(ours.named_parameters()), args, kwargs).last_hidden_state
+
+
+def states_of_images(towers, pixels):
+    visual = towers.visual
+    x = visual.transformer(visual._embeds(pixels))
+    return visual.ln_post(x)
+
+
+def features(projection, states):
+    return F.normalize(projection(states[:, 0]), dim=1)
+
+
+def contrast(a, b_keys, teacher, ids, key_ids, tau, alpha):
+    equal = (ids[:, None] == key_ids).double()
+    targets = alpha * (teacher @ b_keys.T / tau).softmax(1).detach() + (1 - alpha) * equal / equal.sum(1, keepdim=True)
+    return -((a @ b_keys.T / tau).log_softmax(1) * targets).sum(1).mean()
+
+
+def released(model, pixels, texts, ids, teacher):
+    """(itc, itm, third): each image once for every one of its texts."""
+    each = len(texts) // len(pixels)
+    pixels, ids = pixels.repeat_interleave(each, dim=0), ids.repeat_interleave(each)
+    towers, twin, queue = model.towers, teacher.twin, teacher.queue
+    for mine, theirs in zip(twin.parameters(), towers.parameters()):
+        mine.data.copy_(MOMENTUM * mine + (1 - MOMENTUM) * theirs)
+    mask = texts.mask
+    image, twin_image = states_of_images(towers, pixels), states_of_images(twin, pixels)
+    text = plain(towers.text, texts.ids, attention_mask=mask)
+    twin_text = plain(twin.text, texts.ids, attention_mask=mask)
+    v, t = features(towers.image_projection, image), features(towers.text_projection, text)
+    vm, tm = features(twin.image_projection, twin_image), features(twin.text_projection, twin_text)
+    tau, key_ids = model.contrast.temperature, torch.cat([ids, queue.ids])
+    to_text = contrast(v, torch.cat([tm, queue.text]), vm, ids, key_ids, tau, ALPHA)
+    to_image = contrast(t, torch.cat([vm, queue.image]), tm, ids, key_ids, tau, ALPHA)
+
+    negative_text = hard_negatives(v @ tm.T / tau, ids, ids, seed=seed_of(SEED, 0))[0]
+    negative_image = hard_negatives(t @ vm.T / tau, ids, ids, seed=seed_of(SEED, 1))[0]
+    texts_of_all = torch.cat([torch.arange(len(ids)), negative_text, torch.arange(len(ids))])
+    images_of_all = torch.cat([image, image, image[negative_image]])
+    if isinstance(model, BLIP):
+        begun = texts.ids[texts_of_all].clone()
+        begun[:, 0] = model.tokenizer.convert_tokens_to_ids("[ENC]")
+        fused = plain(towers.text, begun, attention_mask=mask[texts_of_all], encoder_hidden_states=images_of_all)
+    else:
+        states = {"encoder_embeds": text[texts_of_all], "encoder_hidden_states": images_of_all}
+        fused = plain(towers.fusion, attention_mask=mask[texts_of_all], **states)
+    labels = torch.tensor([1] * len(ids) + [0] * 2 * len(ids))
+    itm = F.cross_entropy(model.matching(fused[:, 0]), labels)
+    third = causal(model, texts, image) if isinstance(model, BLIP) else masked(model, teacher, texts, image, twin_image)
+    return (to_text + to_image) / 2, itm, third
+
+
+def causal(model, texts, image):
+    begun = texts.ids.clone()
+    begun[:, 0] = model.tokenizer.bos_token_id
+    hidden = plain(model.decoder.bert, begun, attention_mask=texts.mask, encoder_hidden_states=image, is_decoder=True)
+    labels = texts.ids.masked_fill(texts.mask == 0, -100)[:, 1:]
+    scores = model.decoder.cls(hidden)[:, :-1]
+    return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+def masked(model, teacher, texts, image, twin_image):
+    tokens = model.tokenizer
+    shown, hidden = hide_tokens(
+        texts.ids, mask=tokens.mask_token_id, vocabulary=len(tokens), keep=(0, 2, 3), seed=seed_of(SEED, 2)
+    )
+    assert hidden.any()
+    scores = []
+    for towers, states in ((model.towers, image), (teacher.twin, twin_image)):
+        text = plain(towers.text, shown, attention_mask=texts.mask)
+        fused = plain(towers.fusion, encoder_embeds=text, attention_mask=texts.mask, encoder_hidden_states=states)
+        scores.append(towers.words(fused))
+    labels = texts.ids.masked_fill(~hidden, -100)
+    hard = F.cross_entropy(scores[0].flatten(0, 1), labels.flatten())
+    soft = -(scores[0].log_softmax(2) * scores[1].softmax(2).detach()).sum(2)[hidden].mean()
+    return (1 - ALPHA) * hard + ALPHA * soft
+
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("kind", [ALBEF, BLIP])
+def test_losses_and_gradients_are_the_papers(kind, each):
+    model = made(kind)
+    pixels, texts, ids = batch(model, each=each)
+    with torch.no_grad():
+        first, second = teacher_of(model), teacher_of(model)
+    losses = model.losses(pixels, texts, ids, first, alpha=ALPHA, seed=SEED)
+    expected = released(model, pixels, texts, ids, second)
+    assert list(losses) == ["itc", "itm", "mlm" if kind is ALBEF else "lm"]
+    torch.testing.assert_close(torch.stack(list(losses.values())), torch.stack(expected))
+    wanted = list(model.parameters())
+    ours = torch.autograd.grad(sum(losses.values()), wanted)
+    theirs = torch.autograd.grad(sum(expected), wanted)
+    for (name, _), mine, other in zip(model.named_parameters(), ours, theirs):
+        assert mine.abs().max() > 0 or "key.bias" in name, name
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_queue_takes_the_batch_after_the_loss():
+    model = made(BLIP)
+    pixels, texts, ids = batch(model)
+    with torch.no_grad():
+        teacher = teacher_of(model)
+        before = teacher.queue.text.clone()
+        model.losses(pixels, texts, ids, teacher, alpha=ALPHA, seed=SEED)
+        expected = teacher.twin.texts(texts)[0]
+    assert teacher.queue.ids.tolist() == [0, 9, 1, 8, 7, 0, 0, 1, 1, 0, 0][:5] + [0, 0, 1, 1, 0, 0]
+    torch.testing.assert_close(teacher.queue.text[5:], expected)
+    assert teacher.queue.text[:5].equal(before[:5])
+    assert not teacher.train().twin.training
+
+
+@pytest.mark.parametrize("kind", [ALBEF, BLIP])
+def test_a_batch_of_one_image_has_no_negatives(kind):
+    model = made(kind)
+    pixels, texts, ids = batch(model, images=1, each=2)
+    losses = model.losses(pixels, texts, ids, Teacher(model.towers, 4).double(), alpha=0.0, seed=SEED)
+    pairs = model.match(texts, model.towers.texts(texts)[1], ImageKeys(model.towers.images(pixels)[1]))
+    torch.testing.assert_close(losses["itm"], F.cross_entropy(pairs, torch.ones(2, dtype=torch.int64)))
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [ALBEF, BLIP])
+def test_in_bfloat16(kind):
+    model = made(kind).float()
+    pixels, texts, ids = batch(model)
+    exact = model.losses(pixels.float(), texts, ids, Teacher(model.towers, 4), alpha=0.4, seed=SEED)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.losses(pixels.float(), texts, ids, Teacher(model.towers, 4), alpha=0.4, seed=SEED)
+    sum(losses.values()).backward()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.float(), exact[name], rtol=0.03, atol=0.03)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_texts_that_do_not_belong_to_images_are_refused():
+    model = made(BLIP)
+    pixels, texts, ids = batch(model)
+    with pytest.raises(ValueError, match="losses: texts must be a multiple of the 3 images, got 5"):
+        model.losses(pixels, texts[:5], ids, Teacher(model.towers, 4).double(), alpha=0.0, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- captions
+
+
+def by_hand(model, image, count):
+    """Greedy words, every one of them from all before it anew."""
+    states = states_of_images(model.towers, image)
+    ids = torch.tensor([[model.tokenizer.bos_token_id]])
+    for _ in range(count):
+        hidden = plain(model.decoder.bert, ids, encoder_hidden_states=states, is_decoder=True)
+        ids = torch.cat([ids, model.decoder.cls(hidden)[:, -1:].argmax(-1)], dim=1)
+    return ids[0, 1:]
+
+
+def untrained_but_decided(model):
+    """Weights so large that a word depends on the image and on the words before it."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "visual" not in name:
+            parameter.data *= 6
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"top_k": 5}])
+def test_captions_are_those_of_transformers_with_images_repeated(options):
+    """Beam search, several captions of an image, sampling, and a prompt that is left out."""
+    model = untrained_but_decided(made(BLIP))
+    pixels, tokenizer = batch(model)[0], model.tokenizer
+    options |= {"max_new_tokens": 8, "repetition_penalty": 1.5, "do_sample": "top_k" in options}
+    torch.manual_seed(0)
+    captions = model.caption(pixels, prompt="a three", **options)
+    theirs = BlipTextLMHeadModel(model.decoder.config).double().eval()
+    theirs.load_state_dict(model.decoder.state_dict())
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("a three", add_special_tokens=False)["input_ids"]]] * 3)
+    torch.manual_seed(0)
+    told = theirs.generate(ids, encoder_hidden_states=states_of_images(model.towers, pixels), **options)
+    assert captions == tokenizer.batch_decode(told[:, 3:], skip_special_tokens=True)
+    assert len(captions) == 3 * options.get("num_return_sequences", 1) and len(set(captions)) > 2
+
+
+def test_captions_longer_than_the_positions_are_refused():
+    model = made(BLIP)
+    with pytest.raises(ValueError, match=r"max_new_tokens must be in 1\.\.13 after this prompt, got 14"):
+        model.caption(batch(model)[0], prompt="a three", max_new_tokens=14)
+    assert len(model.tokenizer(model.caption(batch(model)[0], prompt="a three", min_new_tokens=13)[0])["input_ids"]) > 9
+
+
+@torch.no_grad()
+def test_captions_are_the_likeliest_words():
+    model = untrained_but_decided(made(BLIP))
+    pixels = batch(model)[0]
+    captions = model.caption(pixels, num_beams=1, min_new_tokens=9, max_new_tokens=9)
+    expected = [model.tokenizer.decode(by_hand(model, image[None], 9), skip_special_tokens=True) for image in pixels]
+    assert captions == expected and len(set(captions)) == len(captions)
