@@ -185,7 +185,7 @@ def test_a_batch_of_one_image_has_no_negatives(kind):
     model = made(kind)
     pixels, texts, ids = batch(model, images=1, each=2)
     losses = model.losses(pixels, texts, ids, Teacher(model.towers, 4).double(), alpha=0.0, seed=SEED)
-    pairs = model.match(texts, model.towers.texts(texts)[1], ImageKeys(model.towers.images(pixels)[1]))
+    pairs = model.match(model.towers.texts(texts)[1], ImageKeys(model.towers.images(pixels)[1]))
     torch.testing.assert_close(losses["itm"], F.cross_entropy(pairs, torch.ones(2, dtype=torch.int64)))
     sum(losses.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -13,9 +13,10 @@ from prompt_runs import METHODS, config, run, same
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fastprob.data import pixels
 from fastprob.data.labelled import LabelledImages, open_splits
 from fastprob.encoders import load_encoder
-from fastprob.prompts import Inputs, PromptConfig, Tuned, fit, inputs, predict, scores, training, zero_shot
+from fastprob.prompts import Inputs, PromptConfig, Tuned, fit, predict, scores, training, zero_shot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,7 +159,7 @@ def test_a_run_that_is_replaced_leaves_no_checkpoint_behind(splits, encoder, tmp
 
 def test_images_that_are_not_kept_give_the_same_run(splits, encoder, monkeypatch):
     kept = run(splits, encoder, config("dapt"))
-    monkeypatch.setattr(inputs, "KEEP", 0)
+    monkeypatch.setattr(pixels, "KEEP", 0)
     assert same(run(splits, encoder, config("dapt"), workers=1), kept)
 
 

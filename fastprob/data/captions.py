@@ -140,6 +140,16 @@ def open_dataset(
     )
 
 
+def captions_of(dataset: Any) -> list[list[str]]:
+    """The captions of every image of what `open_dataset` returns. No image is opened."""
+    if isinstance(dataset, ImageCaptions):
+        return dataset.captions
+    captions: list[list[str]] = [[] for _ in range(len(dataset))]
+    for caption, image in zip(dataset.captions, dataset.caption_image.tolist()):
+        captions[image].append(caption)
+    return captions
+
+
 def _reader(spec: str) -> tuple[Callable, Path, Path | None]:
     """What reads `spec`, its path and the directory of the images after '@'."""
     file, _, root = WITH_ROOT.fullmatch(spec).groups()

@@ -76,6 +76,28 @@ def check_paired(name: str, data: Paired) -> None:
                 raise ValueError(f"{name}: {label} row {row} has a NaN or infinite value")
 
 
+class Owned:
+    """Which captions an image has. owner: [M], the image of every caption; images: N, each with a caption.
+
+    order: [M], the captions of image 0, then of image 1, ...; count, start: [N], how many an image has, and where its
+    own begin in `order`.
+    """
+
+    def __init__(self, owner: Tensor, images: int):
+        self.order = owner.argsort(stable=True)
+        self.count = torch.bincount(owner, minlength=images)
+        self.start = self.count.cumsum(0) - self.count
+
+    def epoch(self, seed: int, each: int = 1) -> tuple[Tensor, Tensor]:
+        """Every image once in random order, [N], and `each` of its captions, [N, each]: the one after a random one
+        follows it, so that they differ where an image has so many."""
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.randperm(len(self.count), generator=generator)  # [N]
+        draw = torch.randint(2**62, (len(self.count),), generator=generator)
+        place = (draw[:, None] + torch.arange(each)) % self.count[:, None]  # [N, each]
+        return image, self.order[self.start[:, None] + place][image]
+
+
 class Pairs:
     """The rows of paired embeddings, on a device, by batch.
 
@@ -86,10 +108,7 @@ class Pairs:
     def __init__(self, data: Paired, device: torch.device):
         self.device = device
         self.images, self.captions, self.dim = len(data.image), len(data.text), data.image.shape[1]
-        owner = data.caption_image.cpu()
-        self._by_image = owner.argsort(stable=True)  # [M], the captions of image 0, then of image 1, ...
-        self._count = torch.bincount(owner, minlength=self.images)  # [N]
-        self._start = self._count.cumsum(0) - self._count  # [N], where those of image n begin
+        self._of = Owned(data.caption_image.cpu(), self.images)
         resident = _fits(device, data.image, data.text)
         self._image = data.image.to(device) if resident else data.image
         self._text = data.text.to(device) if resident else data.text
@@ -98,7 +117,7 @@ class Pairs:
     def digest(self) -> str:
         """SHA-256 of all rows and of whose the captions are."""
         digest = hashlib.sha256()
-        for rows in (self._image, self._text, self._by_image, self._count):
+        for rows in (self._image, self._text, self._of.order, self._of.count):
             for part in rows.split(_ROWS_AT_ONCE):
                 digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -109,11 +128,8 @@ class Pairs:
         The order depends on (seed, epoch) alone; batches before `first` are left out. Of each batch come this
         rank's share, image [B, D] and text [B, D], in float32.
         """
-        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-        image = torch.randperm(self.images, generator=generator)  # [N]
-        draw = torch.randint(2**62, (self.images,), generator=generator) % self._count  # [N]
-        caption = self._by_image[self._start + draw][image]  # [N]
-        image, caption = image.to(self._image.device), caption.to(self._text.device)
+        image, caption = self._of.epoch(seed_of(seed, epoch))
+        image, caption = image.to(self._image.device), caption[:, 0].to(self._text.device)
         for start in range(first * batch_size, self.images, batch_size):
             batch = slice(start, start + batch_size)
             yield self._float32(self._image[share(image[batch])]), self._float32(self._text[share(caption[batch])])
@@ -125,9 +141,9 @@ class Pairs:
         """
         for start in range(0, self.images, rows):
             stop = min(start + rows, self.images)
-            last = int(self._start[stop]) if stop < self.images else self.captions
-            caption = self._by_image[int(self._start[start]) : last].to(self._text.device)  # [C]
-            owner = torch.repeat_interleave(self._count[start:stop]).to(self.device)  # [C]
+            last = int(self._of.start[stop]) if stop < self.images else self.captions
+            caption = self._of.order[int(self._of.start[start]) : last].to(self._text.device)  # [C]
+            owner = torch.repeat_interleave(self._of.count[start:stop]).to(self.device)  # [C]
             yield self._float32(self._image[start:stop]), self._float32(self._text[caption]), owner
 
     def _float32(self, rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastprob.ops.queue_contrastive_loss import queue_contrastive_loss
 from fastprob.pretraining.momentum import Queue
+from fastprob.training import gathered
 
 LEAST, MOST = 0.001, 0.5
 """Of the temperature."""
@@ -42,7 +43,7 @@ class ImageTextContrast(nn.Module):
 
         Args:
             image, text: [B, D], features of unit norm.
-            of_momentum: (image', text'), [B, D] each, of unit norm.
+            of_momentum: (image', text'), [B, D] each, of unit norm. Under torchrun those of all ranks are keys.
             ids: [B] int64, from 0 up; equal ones are of one image.
             alpha: a scalar, the teacher's weight, in 0..1.
         """
@@ -55,6 +56,6 @@ class ImageTextContrast(nn.Module):
     def _towards(
         self, side: str, queries: Tensor, teacher: Tensor, others: Tensor, ids: Tensor, queue: Queue, alpha: Tensor
     ) -> Tensor:
-        keys, key_ids = queue.keys(side, others, ids)
+        keys, key_ids = queue.keys(side, gathered(others), gathered(ids))
         queries, teacher, tau, alpha = (t.to(keys.dtype) for t in (queries, teacher, self.temperature, alpha))
         return queue_contrastive_loss(queries, keys, ids, key_ids, tau, teacher, tau.detach(), alpha)

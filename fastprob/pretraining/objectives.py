@@ -6,12 +6,14 @@
     sum(losses.values()).backward()
 
 An image's keys and values, which matching and language modelling attend to, are projected once for both and for all its
-texts, and the scores of all words are made only where a word is to be told.
+texts, and words are scored only where one is to be told. Under torchrun every rank has its share of a batch, and the
+mean of the ranks' losses is that of the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from fastprob.pretraining.masking import hide_tokens
 from fastprob.pretraining.negatives import hard_negatives
 from fastprob.pretraining.text import ImageKeys, Texts, encode
 from fastprob.pretraining.towers import AlbefTowers, BlipTowers, Teacher, Towers
-from fastprob.training import seed_of
+from fastprob.training import gathered, mean_over_all, ranks, seed_of, share
 
 ENC, DEC = "[ENC]", "[DEC]"
 """What BLIP's texts begin with: one that sees its image, and one that is told of it."""
@@ -79,42 +81,56 @@ class _Objectives(nn.Module):
         dtype = torch.promote_types(torch.float32, images.dtype)
         ids, alpha = ids.repeat_interleave(each), torch.as_tensor(alpha, dtype=dtype, device=images.device)
         image_features, image_states = self.towers.images(images)
-        text_features, text_states = self.towers.texts(texts)
+        text_features, read = self.towers.texts(texts)
         image_features, keys = image_features.repeat_interleave(each, dim=0), ImageKeys(image_states)
         with torch.no_grad():
             teacher.follow(self.towers)
             image_twins, twin_states = teacher.twin.images(images)
             twins = image_twins.repeat_interleave(each, dim=0), teacher.twin.texts(texts)[0]
         itc = self.contrast(image_features, text_features, twins, ids, teacher.queue, alpha)
-        to_texts, to_images = (
-            hard_negatives(a.detach() @ b.T / self.contrast.temperature, ids, ids, seed=seed_of(seed, side))
-            for side, (a, b) in enumerate(((image_features, twins[1]), (text_features, twins[0])))
-        )
-        itm = self._matching(texts, text_states, keys, to_texts, to_images)
+        all_ids, *all_twins = (gathered(rows, run=each) for rows in (ids, *twins))
+
+        def negatives(features: Tensor, others: Tensor, number: int) -> tuple[Tensor, ...]:
+            """Of all ranks' pairs one for each of this rank's, and whether there is one."""
+            similarities = gathered(features.detach(), run=each) @ others.T / self.contrast.temperature
+            drawn = hard_negatives(similarities, all_ids, all_ids, seed=seed_of(seed, number))
+            return tuple(share(rows, run=each) for rows in drawn)
+
+        to_texts, to_images = negatives(image_features, all_twins[1], 0), negatives(text_features, all_twins[0], 1)
+        itm = self._matching(read, keys, to_texts, to_images)
         told = self._language(texts, keys, ImageKeys(twin_states), teacher, alpha, seed_of(seed, 2))
-        teacher.queue.add(*twins, ids)
+        teacher.queue.add(*all_twins, all_ids)
         return {"itc": itc, "itm": itm, **told}
 
-    def _matching(self, texts: Texts, states: Tensor, keys: ImageKeys, to_texts: tuple, to_images: tuple) -> Tensor:
-        """Every pair; every image with a text of another; every text with another image."""
-        images, rows = len(keys.states), torch.arange(len(texts), device=states.device)
-        (other_texts, has_text), (other_images, has_image) = to_texts, to_images
-        own = torch.cat([each.view(images, -1) for each in (rows, other_texts)], dim=1).flatten()
-        with_own = self.match(texts[own], states[own], keys).view(images, 2, -1, 2)  # an image's pairs, then negatives
-        with_other = self.match(texts, states, keys.select(other_images // (len(texts) // images)))
-        scores = torch.cat([with_own[:, 0].flatten(0, 1), with_own[:, 1].flatten(0, 1), with_other])
-        true = torch.zeros_like(scores[:, 0], dtype=torch.int64).index_fill_(0, rows, 1)
-        counted = torch.cat([torch.ones_like(has_text), has_text, has_image])
-        return F.cross_entropy(scores, true, reduction="none")[counted].mean()
+    def match(self, texts: Texts, keys: ImageKeys) -> Tensor:
+        """Logits [R, 2] of no match and of a match of texts, as the towers have read them, with images."""
+        return self.matching(self.towers.fuse(texts, keys)[:, 0])
 
-    def match(self, texts: Texts, states: Tensor, keys: ImageKeys) -> Tensor:
-        """Logits [R, 2] of no match and a match."""
-        return self.matching(self.towers.fuse(texts, states, keys)[:, 0])
+    def _matching(
+        self, texts: Texts, keys: ImageKeys, to_texts: tuple[Tensor, ...], to_images: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Every pair; every image with a text of another; every text with another image."""
+        images, each = len(keys.states), len(texts) // len(keys.states)
+        (text, has_text), (image, has_image) = to_texts, to_images
+        all_texts = texts.map(partial(gathered, run=each))
+        mine = share(torch.arange(len(all_texts), device=text.device), run=each)
+        with_own = self.match(all_texts[_beside(mine, text, images)], keys)
+        others = keys.select(image // each) if ranks() == 1 else ImageKeys(gathered(keys.states)[image // each])
+        scores = torch.cat([with_own, self.match(texts, others)])
+        true = _beside(torch.ones_like(text), torch.zeros_like(text), images)
+        true = torch.cat([true, torch.zeros_like(text)])
+        counted = torch.cat([_beside(torch.ones_like(has_text), has_text, images), has_image])
+        return mean_over_all(F.cross_entropy(scores, true, reduction="none"), counted)
 
     def _language(
         self, texts: Texts, keys: ImageKeys, twin_keys: ImageKeys, teacher: Teacher, alpha: Tensor, seed: int
     ) -> dict[str, Tensor]:
         raise NotImplementedError
+
+
+def _beside(a: Tensor, b: Tensor, images: int) -> Tensor:
+    """Two of every text [R], the texts of an image with each other: an image's a, then its b."""
+    return torch.cat([a.view(images, -1), b.view(images, -1)], dim=1).flatten()
 
 
 class ALBEF(_Objectives):
@@ -147,18 +163,20 @@ class ALBEF(_Objectives):
     def _language(
         self, texts: Texts, keys: ImageKeys, twin_keys: ImageKeys, teacher: Teacher, alpha: Tensor, seed: int
     ) -> dict[str, Tensor]:
-        vocabulary = self.tokenizer
-        keep = vocabulary.pad_token_id, vocabulary.cls_token_id, vocabulary.sep_token_id
-        shown, hidden = hide_tokens(
-            texts.ids, mask=vocabulary.mask_token_id, vocabulary=len(vocabulary), keep=keep, seed=seed
+        told, run = self.tokenizer, len(texts) // len(keys.states)
+        keep = told.pad_token_id, told.cls_token_id, told.sep_token_id
+        shown, hidden = (
+            share(rows, run=run)
+            for rows in hide_tokens(
+                gathered(texts.ids, run=run), mask=told.mask_token_id, vocabulary=len(told), keep=keep, seed=seed
+            )
         )
-        shown = Texts(shown, texts.mask)
-        scores = self.towers.tell(shown, hidden, keys)  # [C, V]
+        texts, true = Texts(shown, texts.mask), texts.ids[hidden]
+        scores = self.towers.tell(texts, hidden, keys)  # [C, V]
         with torch.no_grad():
-            soft = teacher.twin.tell(shown, hidden, twin_keys).softmax(dim=-1)
-        count = max(len(scores), 1)
-        hard = F.cross_entropy(scores, texts.ids[hidden], reduction="sum")
-        return {"mlm": ((1 - alpha) * hard + alpha * F.cross_entropy(scores, soft, reduction="sum")) / count}
+            soft = teacher.twin.tell(texts, hidden, twin_keys).softmax(dim=-1)
+        hard, soft = (F.cross_entropy(scores, target, reduction="none") for target in (true, soft))
+        return {"mlm": mean_over_all((1 - alpha) * hard + alpha * soft)}
 
 
 class BLIP(_Objectives):
@@ -200,7 +218,8 @@ class BLIP(_Objectives):
         told = texts.mask[:, 1:].bool()  # [R, T - 1], of the token before
         states = encode(self.decoder.bert, texts.starting_with(self.tokenizer.bos_token_id), keys, is_decoder=True)
         scores = self.decoder.cls(states[:, :-1][told])  # [C, V]
-        return {"lm": F.cross_entropy(scores, texts.ids[:, 1:][told], label_smoothing=SMOOTHING)}
+        true = texts.ids[:, 1:][told]
+        return {"lm": mean_over_all(F.cross_entropy(scores, true, label_smoothing=SMOOTHING, reduction="none"))}
 
     @torch.no_grad()
     def caption(self, images: Tensor, *, prompt: str = "", **options: Any) -> list[str]:

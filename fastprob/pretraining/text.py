@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +21,26 @@ except ImportError as error:
 class Texts:
     """R texts of up to T tokens.
 
-    ids: [R, T] int64; mask: [R, T] int64, 1 for a token and 0 for the padding behind the last one.
+    ids: [R, T] int64; mask: [R, T] int64, 1 for a token and 0 for the padding behind the last one; states: [R, T, d],
+    those that a text tower keeps for when the texts see images.
     """
 
     ids: Tensor
     mask: Tensor
+    states: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, rows: Any) -> Texts:
-        return Texts(self.ids[rows], self.mask[rows])
+        return self.map(lambda each: each[rows])
+
+    def map(self, of: Callable[[Tensor], Tensor]) -> Texts:
+        """The same of every tensor."""
+        return Texts(of(self.ids), of(self.mask), None if self.states is None else of(self.states))
 
     def starting_with(self, token: int) -> Texts:
-        """The same texts with another first token."""
+        """The same texts with another first token, by themselves."""
         return Texts(torch.cat([torch.full_like(self.ids[:, :1], token), self.ids[:, 1:]], dim=1), self.mask)
 
 
@@ -102,6 +109,6 @@ def attend_to_images(model: BlipTextModel) -> None:
 
 
 def encode(model: BlipTextModel, texts: Texts, keys: ImageKeys | None = None, **options: Any) -> Tensor:
-    """The last hidden states of texts, [R, T, d]. Options as the model takes them."""
-    ids = None if "encoder_embeds" in options else texts.ids
-    return model(ids, attention_mask=texts.mask, encoder_hidden_states=keys, **options).last_hidden_state
+    """The last hidden states of texts, [R, T, d], from the states that they have, if any. Options as the model's."""
+    begin = {"input_ids": texts.ids} if texts.states is None else {"encoder_embeds": texts.states}
+    return model(**begin, attention_mask=texts.mask, encoder_hidden_states=keys, **options).last_hidden_state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,18 +33,22 @@ class Towers(nn.Module):
         states = ImageTower(self).states(pixels)
         return F.normalize(self.image_projection(states[:, 0]), dim=-1), states
 
-    def texts(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Unit features [R, D] and states [R, T, d] of texts by themselves."""
+    def texts(self, texts: Texts) -> tuple[Tensor, Texts]:
+        """Unit features [R, D] of texts by themselves, and the texts as `fuse` takes them."""
         states = encode(self.text, texts)
-        return F.normalize(self.text_projection(states[:, 0]), dim=-1), states
+        return F.normalize(self.text_projection(states[:, 0]), dim=-1), self.read(texts, states)
 
-    def fuse(self, texts: Texts, states: Tensor, keys: ImageKeys) -> Tensor:
-        """States [R, T, d] of texts that have seen their images; states: those of `texts`."""
+    def read(self, texts: Texts, states: Tensor) -> Texts:
+        """Texts with what of their states [R, T, d] `fuse` needs."""
+        raise NotImplementedError
+
+    def fuse(self, texts: Texts, keys: ImageKeys) -> Tensor:
+        """States [R, T, d] of texts, as they have been read, that have seen their images."""
         raise NotImplementedError
 
 
 class AlbefTowers(Towers):
-    """ALBEF's: the lower half of BERT reads texts, the upper half attends to images too."""
+    """ALBEF's: the lower half of BERT reads texts, the upper half goes on from there with images."""
 
     def __init__(self, visual: VisionTransformer, config: BlipTextConfig, dim: int):
         layers = config.num_hidden_layers
@@ -53,17 +59,19 @@ class AlbefTowers(Towers):
         self.words.predictions.decoder.weight = self.text.embeddings.word_embeddings.weight
         self.words.predictions.decoder.bias = self.words.predictions.bias
 
-    def fuse(self, texts: Texts, states: Tensor, keys: ImageKeys) -> Tensor:
-        return encode(self.fusion, texts, keys, encoder_embeds=states)
+    def read(self, texts: Texts, states: Tensor) -> Texts:
+        return replace(texts, states=states)
+
+    def fuse(self, texts: Texts, keys: ImageKeys) -> Tensor:
+        return encode(self.fusion, texts, keys)
 
     def tell(self, texts: Texts, hidden: Tensor, keys: ImageKeys) -> Tensor:
         """Scores [C, V] of all words where `hidden`, [R, T] bool, is true."""
-        states = self.fuse(texts, encode(self.text, texts), keys)
-        return self.words(states[hidden])
+        return self.words(self.fuse(self.texts(texts)[1], keys)[hidden])
 
 
 class BlipTowers(Towers):
-    """BLIP's: one BERT reads texts, without its cross-attention, or with it and [ENC] for the first token.
+    """BLIP's: one BERT reads texts, without its cross-attention; or anew with it, and [ENC] for the first token.
 
     enc: the id of [ENC].
     """
@@ -72,7 +80,10 @@ class BlipTowers(Towers):
         super().__init__(visual, config, dim, layers=config.num_hidden_layers, images=True)
         self.enc = enc
 
-    def fuse(self, texts: Texts, states: Tensor, keys: ImageKeys) -> Tensor:
+    def read(self, texts: Texts, states: Tensor) -> Texts:
+        return texts
+
+    def fuse(self, texts: Texts, keys: ImageKeys) -> Tensor:
         return encode(self.text, texts.starting_with(self.enc), keys)
 
 

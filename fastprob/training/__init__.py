@@ -1,7 +1,19 @@
 """What every training shares: a run that is saved, restored and interrupted between steps."""
 
-from fastprob.training.distributed import rank, ranks, share
+from fastprob.training.distributed import gathered, mean_over_all, rank, ranks, share
 from fastprob.training.random import own_random_state, seed_all, seed_of
 from fastprob.training.run import LAST, Run, cosine
 
-__all__ = ["LAST", "Run", "cosine", "own_random_state", "rank", "ranks", "seed_all", "seed_of", "share"]
+__all__ = [
+    "LAST",
+    "Run",
+    "cosine",
+    "gathered",
+    "mean_over_all",
+    "own_random_state",
+    "rank",
+    "ranks",
+    "seed_all",
+    "seed_of",
+    "share",
+]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 
 def rank() -> int:
@@ -23,12 +24,34 @@ def ranks() -> int:
     return dist.get_world_size() if _together() else 1
 
 
-def share(rows: Tensor) -> Tensor:
-    """Deal a batch [B] out: this rank's rows. All get as many; where B does not divide, the first ones go twice."""
+def share(rows: Tensor, *, run: int = 1) -> Tensor:
+    """Deal a batch [B] out: this rank's rows. All get as many; where B does not divide, the first ones go twice.
+
+    run: rows that stay together, which are dealt as one.
+    """
     if ranks() == 1:
         return rows
-    each = -(-len(rows) // ranks())
-    return rows[torch.arange(rank(), each * ranks(), ranks(), device=rows.device) % len(rows)]
+    runs = rows.unflatten(0, (-1, run))
+    each = -(-len(runs) // ranks())
+    return runs[torch.arange(rank(), each * ranks(), ranks(), device=rows.device) % len(runs)].flatten(0, 1)
+
+
+def gathered(rows: Tensor, *, run: int = 1) -> Tensor:
+    """The batch that `share` dealt out, in its order. Gradients flow back to the rank that a row is of."""
+    if ranks() == 1:
+        return rows
+    return torch.stack(all_gather(rows.unflatten(0, (-1, run)).contiguous()), 1).flatten(0, 2)
+
+
+def mean_over_all(values: Tensor, counted: Tensor | None = None) -> Tensor:
+    """What, averaged over the ranks, is the mean of all ranks' values [C], of which each may have another number.
+
+    counted: [C] bool, those that count; all if None. Of none the mean is 0.
+    """
+    counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+    count = counted.sum().to(values.dtype)
+    average([count])
+    return torch.where(counted, values, 0).sum() / count.clamp(min=1 / ranks())
 
 
 def average(tensors: Iterable[Tensor]) -> None:
