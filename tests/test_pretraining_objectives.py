@@ -15,6 +15,7 @@ from fastprob.data import DigitScenes
 from fastprob.pretraining import hard_negatives
 from fastprob.pretraining.masking import hide_tokens
 from fastprob.pretraining.objectives import ALBEF, BLIP
+from fastprob.pretraining.retrieval import recalls, retrieve
 from fastprob.pretraining.text import ImageKeys
 from fastprob.pretraining.tokens import words_of
 from fastprob.pretraining.towers import Teacher
@@ -263,3 +264,54 @@ def test_captions_are_the_likeliest_words():
     captions = model.caption(pixels, num_beams=1, min_new_tokens=9, max_new_tokens=9)
     expected = [model.tokenizer.decode(by_hand(model, image[None], 9), skip_special_tokens=True) for image in pixels]
     assert captions == expected and len(set(captions)) == len(captions)
+
+
+# --------------------------------------------------------------------------------------------------------- retrieval
+
+
+class Rows:
+    """Images that are made already, in batches of two."""
+
+    batch_size = 2
+
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def read(self, batches):
+        return (self.pixels[rows] for rows in batches)
+
+
+@pytest.mark.parametrize("kind", [ALBEF, BLIP])
+@torch.no_grad()
+def test_the_first_by_contrast_are_ordered_by_matching(kind):
+    model = untrained_but_decided(made(kind))
+    pixels = torch.randn(5, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    texts = model.tokenize(CAPTIONS)
+    (v, states), (t, read) = model.towers.images(pixels), model.towers.texts(texts)
+    cosine = v @ t.T
+    matched = torch.stack(
+        [model.match(read, ImageKeys(one.expand(len(texts), -1, -1)))[:, 1] for one in states]
+    )  # [5, 6]
+    scores = matched + cosine if kind is BLIP else matched
+    found = retrieve(model, Rows(pixels), CAPTIONS, first=3, progress=False)
+    for each, similar, score in zip(found, (cosine, cosine.T), (scores, scores.T)):
+        items = similar.topk(3).indices
+        assert each.by_contrast.equal(items)
+        order = score.gather(1, items).argsort(dim=1, descending=True)
+        assert each.by_matching.equal(items.gather(1, order))
+    assert not found[0].by_matching.equal(found[0].by_contrast)
+    everything = retrieve(model, Rows(pixels), CAPTIONS, first=100, progress=False)[1].by_matching
+    assert everything.equal(scores.T.argsort(dim=1, descending=True))
+    with pytest.raises(ValueError, match="first and captions must be at least 1, got 0 and 6 captions"):
+        retrieve(model, Rows(pixels), CAPTIONS, first=0)
+
+
+def test_recall_is_of_any_that_is_true():
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    own = torch.tensor([[True, False, False, True], [False, False, True, False]])
+    assert recalls(order, own, at=(1, 2, 3, 5)) == {1: 0.0, 2: 1.0, 3: 1.0}
+    own[0] = torch.tensor([False, False, True, False])
+    assert recalls(order, own, at=(1,)) == {1: 0.5}
