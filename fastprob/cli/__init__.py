@@ -1,9 +1,9 @@
-"""The `fastprob` command: embed -> fit -> eval, prompt fit -> eval -> predict, explain, and info, demo.
+"""The `fastprob` command: embed -> fit -> eval, prompt fit -> eval -> predict, explain, pretrain, and info, demo.
 
 A user's mistake (a missing file, an unknown model, sizes that don't fit) prints one line and exits with 2; Ctrl-C
 prints how to resume and exits with 130. Option names follow open_clip's.
 
-A command imports what it needs beyond torch when it runs (`fit` and `prompt fit` for their options too).
+A command imports what it needs beyond torch when it runs; the three that fit for their options too.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastprob.cli import calibrate, draw, explain, probvlm, prompt, selection
+from fastprob.cli import calibrate, draw, explain, pretrain, probvlm, prompt, selection
 from fastprob.cli._command import Command
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
@@ -50,10 +50,17 @@ COMMANDS = {
     **selection.COMMANDS,
     **prompt.COMMANDS,
     **explain.COMMANDS,
+    **pretrain.COMMANDS,
     "info": Command("which backend serves which operator, and why", no_options, info),
     "demo": Command("the whole way on real handwritten digits, without a download", demo_options, demo),
 }
-GROUPS = {"prompt": "few-shot prompt tuning: " + ", ".join(name.split()[1] for name in prompt.COMMANDS)}
+GROUPS = {
+    group: f"{what}: {', '.join(name.split()[1] for name in commands)}"
+    for group, what, commands in (
+        ("prompt", "few-shot prompt tuning", prompt.COMMANDS),
+        ("pretrain", "ALBEF and BLIP", pretrain.COMMANDS),
+    )
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +89,7 @@ def _parser(called: str) -> argparse.ArgumentParser:
     """Only the command that is called gets its options: some come from modules that take long to import."""
     parser = argparse.ArgumentParser(
         prog="fastprob",
-        description="Uncertainty for frozen vision-language encoders (embed, fit, eval) and few-shot prompt tuning",
+        description="Uncertainty for frozen vision-language encoders (embed, fit, eval), prompt tuning and pretraining",
         allow_abbrev=False,
     )
     options = {"dest": "command", "required": True, "metavar": "command"}

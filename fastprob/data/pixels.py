@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -23,6 +23,19 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Image.Image: ...
+
+
+class ImagesOf:
+    """The images of captioned ones, of `open_dataset`."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return self.data[i][0]
 
 
 class Pixels:

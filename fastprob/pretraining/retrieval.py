@@ -52,14 +52,14 @@ def retrieve(
     """
     if first < 1 or not captions:
         raise ValueError(f"retrieve: first and captions must be at least 1, got {first} and {len(captions)} captions")
-    text, read = _read(model, captions)
-    image = torch.cat([model.towers.images(batch)[0] for batch in _batches(model, pixels, "encode", progress)])
+    text, texts_read = read(model, captions)
+    image = torch.cat([model.towers.images(batch)[0] for batch in batches_of(model, pixels, "encode", progress)])
     image, text, count = image.cpu(), text.cpu(), len(captions)
     texts = nearest(image, text, min(first, count))[1]  # [N, k]
     images = nearest(text, image, min(first, len(image)))[1]  # [M, k]
     asked = torch.arange(len(image))[:, None] * count + texts, images * count + torch.arange(count)[:, None]
     pairs = torch.cat([each.flatten() for each in asked]).unique()  # [P], image M + text, sorted
-    scores = _match(model, pixels, read, pairs // count, pairs % count, progress)
+    scores = match(model, pixels, texts_read, pairs // count, pairs % count, progress)[:, 1]
     if isinstance(model, BLIP):
         scores += (image[pairs // count] * text[pairs % count]).sum(1)
     of_query = (scores[torch.searchsorted(pairs, each)] for each in asked)
@@ -69,7 +69,7 @@ def retrieve(
     )
 
 
-def _read(model: ALBEF | BLIP, captions: list[str]) -> tuple[Tensor, Texts]:
+def read(model: ALBEF | BLIP, captions: list[str]) -> tuple[Tensor, Texts]:
     """Unit features [M, D], and the texts as `fuse` takes them."""
     texts = model.tokenize(captions)
     parts = [model.towers.texts(texts[start : start + _TEXTS]) for start in range(0, len(texts), _TEXTS)]
@@ -77,22 +77,22 @@ def _read(model: ALBEF | BLIP, captions: list[str]) -> tuple[Tensor, Texts]:
     return torch.cat([features for features, _ in parts]), Texts(texts.ids, texts.mask, states)
 
 
-def _batches(model: ALBEF | BLIP, pixels: Pixels, name: str, progress: bool) -> Iterator[Tensor]:
+def batches_of(model: ALBEF | BLIP, pixels: Pixels, name: str, progress: bool) -> Iterator[Tensor]:
+    """All images, on the model's device, under a progress bar of this name."""
     rows = torch.arange(len(pixels)).split(pixels.batch_size)
     for images in tqdm(pixels.read(rows), name, len(rows), leave=False, disable=not progress):
         yield images.to(model.matching.weight.device)
 
 
-def _match(model: ALBEF | BLIP, pixels: Pixels, read: Texts, images: Tensor, texts: Tensor, progress: bool) -> Tensor:
-    """Logits [P] of a match, of pairs sorted by image, every image of which has one."""
+def match(model: ALBEF | BLIP, pixels: Pixels, read: Texts, images: Tensor, texts: Tensor, progress: bool) -> Tensor:
+    """Logits [P, 2] of no match and a match, on the CPU, of pairs of images and texts [P], sorted by image."""
     scores, done = [], 0
     own = texts.split(torch.bincount(images, minlength=len(pixels)).tolist())
-    for batch in _batches(model, pixels, "match", progress):
+    for batch in batches_of(model, pixels, "match", progress):
         keys = ImageKeys(model.towers.images(batch)[1])
-        for number in range(len(batch)):
+        for number, rows in enumerate(own[done : done + len(batch)]):
             key = keys.select(torch.tensor([number], device=batch.device))
-            for rows in own[done + number].to(batch.device).split(_TEXTS):
-                scores.append(model.match(read[rows], key)[:, 1].cpu())
+            scores += [model.match(read[part], key).cpu() for part in rows.to(batch.device).split(_TEXTS) if len(part)]
         done += len(batch)
     return torch.cat(scores)
 

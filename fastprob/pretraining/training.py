@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastprob.data.captions import captions_of
 from fastprob.data.pairs import Owned
-from fastprob.data.pixels import Pixels
+from fastprob.data.pixels import ImagesOf, Pixels
 from fastprob.pretraining.config import MODEL, PRECISIONS, PretrainConfig, Pretrained, build
 from fastprob.pretraining.text import Texts
 from fastprob.pretraining.tokens import words_of
@@ -89,19 +89,6 @@ def fit(
     return run.made, run.history
 
 
-class _Images:
-    """The images of captioned ones."""
-
-    def __init__(self, data: Any):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, i: int):
-        return self.data[i][0]
-
-
 class _Run(Run):
     def __init__(
         self,
@@ -118,7 +105,7 @@ class _Run(Run):
         self.made = build(config, tokenizer)
         model = self.made.model.to(device)
         self.teacher = Teacher(model.towers, config.queue, momentum=config.momentum, seed=config.seed).to(device)
-        self.pixels = Pixels(_Images(data), self.made.preprocess, workers=workers)
+        self.pixels = Pixels(ImagesOf(data), self.made.preprocess, workers=workers)
         self.texts = [caption for own in captions for caption in own]
         counts = torch.tensor([len(own) for own in captions])
         self.of = Owned(torch.arange(len(captions)).repeat_interleave(counts), len(captions))

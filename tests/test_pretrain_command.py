@@ -1,0 +1,157 @@
+"""`fastprob pretrain`: fit, eval, caption and filter on files, one after another."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from fastprob.cli import main
+from fastprob.data import DigitScenes, open_dataset
+from fastprob.data.captions import captions_of
+from fastprob.data.pixels import ImagesOf, Pixels
+from fastprob.pretraining import config as configs
+from fastprob.pretraining.capfilt import match_probabilities, save_captions, write_captions
+from fastprob.pretraining.config import Pretrained, Size
+from fastprob.pretraining.text import ImageKeys
+
+SCENES = DigitScenes("train", num_scenes=12)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(configs.SIZES, "small", Size(32, 16, 16, 2, 2, 20, 8))
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Pictures with two captions each, in a folder of their own."""
+    lines = ["image,caption"]
+    for number in range(len(SCENES)):
+        image, captions = SCENES[number]
+        file = tmp_path / "pictures" / f"{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+        lines += [f'{file.relative_to(tmp_path / "pictures")},"{caption}"' for caption in captions[:2]]
+    path = tmp_path / "pictures" / "captions.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def run(capsys, *argv):
+    code = main(["pretrain", *map(str, argv)])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def fitted(capsys, table, directory, *options):
+    given = ["--data", table, "--out", directory, "--epochs", 2, "--batch-size", 5, "--queue", 7, *options]
+    return run(capsys, "fit", *given)
+
+
+def test_fit_eval_caption_filter(capsys, table, tmp_path):
+    checkpoint = tmp_path / "run"
+    code, out, err = fitted(capsys, table, checkpoint)
+    assert code == 0 and out.startswith(f"{checkpoint}/model.safetensors: loss "), err
+    of = ["--data", table, "--checkpoint", checkpoint]
+    code, out, _ = run(capsys, "eval", *of, "--first", 5, "--out", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    ways = [f"{way}, by {by}" for way in ("image -> text", "text -> image") for by in ("contrast", "matching")]
+    assert code == 0 and list(found) == ways and all(list(each) == ["1", "5"] for each in found.values())
+    assert [line.split("   ")[0] for line in out.splitlines()[1:]] == ways
+    for way in ("image -> text", "text -> image"):  # the same five, in another order
+        assert found[f"{way}, by contrast"]["5"] == found[f"{way}, by matching"]["5"]
+
+    both = tmp_path / "written" / "both.json"
+    code, out, _ = run(capsys, "caption", *of, "--out", both, "--with-own", "--seed", 3, "--min-new-tokens", 4)
+    assert code == 0 and out == f"12 captions of 12 images, for --data {both}@{tmp_path / 'pictures'}\n"
+    data = open_dataset(out.split("--data ")[1].strip(), progress=False)
+    assert [own[:2] for own in captions_of(data)] == [SCENES[i][1][:2] for i in order_of(data)]
+    assert all(len(own) == 3 for own in captions_of(data))
+
+    kept = tmp_path / "kept.json"
+    of = ["--data", f"{both}@{tmp_path / 'pictures'}", "--checkpoint", checkpoint]
+    made = Pretrained.load(checkpoint)
+    matches = match_probabilities(made.model, Pixels(ImagesOf(data), made.preprocess), captions_of(data))
+    middle = sorted(value for own in matches for value in own)[18]
+    code, out, _ = run(capsys, "filter", *of, "--out", kept, "--threshold", middle)
+    assert code == 0 and out.startswith("18 of 36 captions, of ")
+    expected = [[c for c, p in zip(*both) if p >= middle] for both in zip(captions_of(data), matches)]
+    assert captions_of(open_dataset(f"{kept}@{tmp_path / 'pictures'}")) == [own for own in expected if own]
+    code, _, err = run(capsys, "filter", *of, "--out", tmp_path / "none.json", "--threshold", 1)
+    assert code == 2 and "no caption of 36 is a match by --threshold 1.0" in err
+    assert not (tmp_path / "none.json").exists()
+
+
+def order_of(data):
+    return [int(image.stem) for image in data.images]
+
+
+def test_what_is_somebody_elses_stays(capsys, table, tmp_path):
+    fitted(capsys, table, tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    code, _, err = fitted(capsys, table, tmp_path / "run")
+    assert code == 2 and "holds a run already; go on with it by --resume, or choose another --out" in err
+    assert fitted(capsys, table, tmp_path / "run", "--resume")[0] == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    mine = tmp_path / "mine.json"
+    mine.write_text("mine")
+    for command in ("eval", "caption", "filter"):
+        given = ["--data", table, "--checkpoint", tmp_path / "run", "--out", mine]
+        code, _, err = run(capsys, command, *given)
+        assert code == 2 and f"--out must be a new file, {mine} exists already" in err
+    assert mine.read_text() == "mine"
+
+
+def test_mistakes_are_named(capsys, table, tmp_path):
+    fitted(capsys, table, tmp_path / "run", "--objective", "albef")
+    of = ["--data", table, "--checkpoint", tmp_path / "run"]
+    code, _, err = run(capsys, "caption", *of, "--out", tmp_path / "out.json")
+    assert code == 2 and "must be a run of blip to write captions, got albef" in err
+    code, _, err = run(capsys, "filter", *of, "--out", tmp_path / "out.json", "--threshold", 50)
+    assert code == 2 and "--threshold must be in 0..1, got 50.0" in err
+    code, _, err = run(capsys, "eval", *of, "--batch-size", 0)
+    assert code == 2 and "--batch-size must be at least 1, got 0" in err
+    code, _, err = run(capsys, "eval", "--data", table, "--checkpoint", tmp_path / "nowhere")
+    assert code == 2 and "nowhere/model.safetensors" in err
+    code, _, err = run(capsys, "fit", "--data", table, "--out", tmp_path / "new", "--tokenizer", tmp_path / "nowhere")
+    assert code == 2 and "--tokenizer" in err and not (tmp_path / "new").exists()
+
+
+def test_pictures_that_are_no_files_are_written_beside_their_captions(tmp_path):
+    captions = [["one", "two"], [], ["drei, “vier”"]]
+    spec = save_captions(tmp_path / "out" / "few.json", ImagesOf(SCENES), [None] * 3, captions)
+    data = open_dataset(spec, progress=False)
+    assert captions_of(data) == [captions[0], captions[2]]
+    assert [image.name for image in data.images] == ["0000000.png", "0000002.png"]
+    assert data[1][0].tobytes() == SCENES[2][0].tobytes()
+
+
+def test_written_captions_depend_on_the_seed_alone(capsys, table, tmp_path):
+    fitted(capsys, table, tmp_path / "run")
+    made = Pretrained.load(tmp_path / "run")
+    pixels = Pixels(ImagesOf(SCENES), made.preprocess, batch_size=5)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    once, again, other = (
+        write_captions(made.model, pixels, seed=seed, do_sample=True, progress=False) for seed in (1, 1, 2)
+    )
+    assert once == again != other and torch.rand(3).equal(expected)
+
+
+def test_a_match_is_of_the_image_itself(capsys, table, tmp_path):
+    fitted(capsys, table, tmp_path / "run")
+    made = Pretrained.load(tmp_path / "run")
+    pixels = Pixels(ImagesOf(SCENES), made.preprocess, batch_size=5)
+    captions = [SCENES[i][1][: i % 4] for i in range(len(SCENES))]
+    found = match_probabilities(made.model, pixels, captions, progress=False)
+    for i, (own, probabilities) in enumerate(zip(captions, found)):
+        assert len(own) == len(probabilities)
+        for caption, probability in zip(own, probabilities):
+            image = made.preprocess(SCENES[i][0])[None]
+            read = made.model.towers.texts(made.model.tokenize([caption]))[1]
+            logits = made.model.match(read, ImageKeys(made.model.towers.images(image)[1])).detach()
+            assert probability == pytest.approx(float(logits.softmax(1)[0, 1]), abs=1e-5)
+    assert match_probabilities(made.model, pixels, [[]] * len(SCENES)) == [[]] * len(SCENES)
