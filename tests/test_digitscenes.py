@@ -87,6 +87,15 @@ def test_captions_by_hand(caption, text, scene, true):
     assert caption.true_of(torch.tensor([scene])).tolist() == [true]
 
 
+def test_captions_are_read_from_their_text(scenes):
+    for statement in scenes.statements:
+        assert Caption.read(statement.text) == statement
+    place = Caption.read("a three at the top left")  # which no scene is captioned with, but a model may write
+    assert place.true_of(torch.tensor([[3, -1, 5, -1], [5, 3, -1, -1]])).tolist() == [True, False]
+    assert Caption.read("a two, another two and an eight") == Caption((2, 2, 8))
+    assert [Caption.read(text) for text in ("an three", "four digits", "", "a two and a two")] == [None] * 4
+
+
 def test_ambiguity_rises_as_captions_become_general(scenes):
     ambiguity = scenes.ambiguity()
     assert torch.equal(ambiguity, scenes.matches().sum(dim=1))

@@ -19,7 +19,7 @@ and both its text and its truth are derived from that, so that they cannot drift
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import permutations
+from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -110,9 +110,23 @@ class Caption:
             return f"another {NAMES[digit]}"
         return f"{'an' if digit == 8 else 'a'} {NAMES[digit]}"
 
+    @staticmethod
+    def read(text: str) -> "Caption | None":
+        """The caption that has this text; None where none has."""
+        return _by_text().get(text)
+
     def true_of(self, scenes: Tensor) -> Tensor:
         """Truth for each scene, [N] bool. scenes: [N, 4] digit in each cell, or EMPTY."""
         return truth([self], scenes)[0]
+
+
+@cache
+def _by_text() -> dict[str, Caption]:
+    said = [Caption(count=count) for count in (None, 1, 2, 3)]
+    said += [Caption((digit,), place, count) for digit in range(10) for place in ("", *PLACES) for count in (None, 1)]
+    pairs = [*product(range(10), repeat=2), *product(range(10), repeat=3)]
+    said += [Caption(digits, relation) for digits in pairs for relation in ("", *RELATIONS)]
+    return {caption.text: caption for caption in said}
 
 
 def truth(captions: Sequence[Caption], scenes: Tensor) -> Tensor:
