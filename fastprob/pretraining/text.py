@@ -14,7 +14,9 @@ try:
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 except ImportError as error:
-    raise ImportError("fastprob.pretraining: needs transformers; install it with `pip install fastprob[pretrain]`") from error
+    raise ImportError(
+        "fastprob.pretraining: needs transformers; install it with `pip install fastprob[pretrain]`"
+    ) from error
 
 
 @dataclass(frozen=True)
