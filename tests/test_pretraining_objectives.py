@@ -212,6 +212,23 @@ def test_texts_that_do_not_belong_to_images_are_refused():
         model.losses(pixels, texts[:5], ids, Teacher(model.towers, 4).double(), alpha=0.0, seed=0)
 
 
+def test_tokens_are_hidden_by_berts_shares():
+    ids = torch.randint(0, 50, (2000, 10), generator=torch.Generator().manual_seed(0))
+    shown, hidden = hide_tokens(ids, mask=4, vocabulary=50, keep=(0, 2, 3), seed=5)
+    kept = (ids == 0) | (ids == 2) | (ids == 3)
+    assert not (hidden & kept).any() and shown[~hidden].equal(ids[~hidden])
+    assert float(hidden[~kept].double().mean()) == pytest.approx(0.15, abs=0.01)
+    others = hidden & (ids != 4)
+    masked, same = (float((each & others).sum() / others.sum()) for each in (shown == 4, shown == ids))
+    assert masked == pytest.approx(0.8 + 0.1 / 50, abs=0.02) and same == pytest.approx(0.1 + 0.1 / 50, abs=0.02)
+    instead = shown[others & (shown != 4) & (shown != ids)]
+    assert set(instead.tolist()) == set(range(50)) - {4}
+    again, other = (hide_tokens(ids, mask=4, vocabulary=50, keep=(0, 2, 3), seed=seed)[1] for seed in (5, 6))
+    assert again.equal(hidden) and not other.equal(hidden)
+    half = hide_tokens(ids, mask=4, vocabulary=50, keep=(), seed=5, share=0.5)[1]
+    assert float(half.double().mean()) == pytest.approx(0.5, abs=0.02)
+
+
 # ---------------------------------------------------------------------------------------------------------- captions
 
 

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 from fastprob.data import DigitScenes
-from fastprob.data.captions import captions_of
+from fastprob.data.captions import Recaptioned, captions_of
 from fastprob.pretraining import config as configs
 from fastprob.pretraining import training
 from fastprob.pretraining.config import PretrainConfig, Pretrained, Size
@@ -98,6 +98,24 @@ def test_a_run_of_other_captions_or_settings_is_not_resumed(tmp_path, monkeypatc
 
 
 OBJECTIVES = ("albef", "blip")
+
+
+def test_a_run_goes_on_from_another_ones_weights(tmp_path):
+    made, _ = run("blip", epochs=1)
+    few = Recaptioned(SCENES, [own[:1] if number % 3 else [] for number, own in enumerate(captions_of(SCENES))])
+    settings = {"config": options("blip", epochs=1, lr=1e-9, momentum=1.0), "directory": tmp_path, "progress": False}
+    after, _ = fit(few, start=made, **settings)
+    for name, weight in weights(made).items():
+        torch.testing.assert_close(weights(after)[name], weight)
+    twin = torch.load(tmp_path / "last.pt", weights_only=True)["extras"]["teacher"]
+    assert twin["twin.visual.conv1.weight"].equal(made.model.towers.visual.conv1.weight)
+    assert after.model.tokenizer.get_vocab() == made.model.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="was trained with start="):
+        fit(few, start=after, resume=True, **settings)
+    with pytest.raises(ValueError, match="start must have objective 'albef', got 'blip'"):
+        fit(few, start=made, config=options("albef"))
+    with pytest.raises(ValueError, match="tokenizer must be None with start, which has its own"):
+        fit(few, start=made, config=options("blip"), tokenizer=words_of(["a"]))
 
 
 def fit_on_rank(rank, directory):

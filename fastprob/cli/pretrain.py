@@ -20,6 +20,7 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help=DATA)
     parser.add_argument("--out", required=True, type=Path, help="directory of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--start", type=Path, help="directory of a run of the same objective and size, to go on from")
     parser.add_argument("--tokenizer", help="transformers' name or directory (default: the captions' own words)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--device", help="default: CUDA where there is one")
@@ -28,16 +29,17 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def fit(args: argparse.Namespace) -> None:
-    from fastprob.pretraining.config import MODEL, PretrainConfig
+    from fastprob.pretraining.config import MODEL, PretrainConfig, Pretrained
     from fastprob.pretraining.training import fit
     from fastprob.training import LAST
 
     config = PretrainConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PretrainConfig)})
     if not args.resume and ((args.out / LAST).exists() or (args.out / MODEL).exists()):
         raise ValueError(f"{args.out} holds a run already; go on with it by --resume, or choose another --out")
-    options = {"resume": args.resume, "device": device_of(args.device), "workers": args.workers}
-    tokenizer = None if args.tokenizer is None else tokenizer_of(args.tokenizer)
-    _, history = fit(open_data(args), config=config, tokenizer=tokenizer, directory=args.out, **options)
+    options: dict[str, Any] = {"resume": args.resume, "device": device_of(args.device), "workers": args.workers}
+    options["tokenizer"] = None if args.tokenizer is None else tokenizer_of(args.tokenizer)
+    options["start"] = None if args.start is None else Pretrained.load(args.start)
+    _, history = fit(open_data(args), config=config, directory=args.out, **options)
     print(f"{args.out / MODEL}: loss {history['train_loss'][-1]:.4f}")
 
 

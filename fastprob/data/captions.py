@@ -82,6 +82,26 @@ class ImageCaptions(Dataset):
         return {"captions": _digest((self.captions, labels)), "files": _digest(files)}
 
 
+class Recaptioned(Dataset):
+    """The images of captioned ones with other captions; those that get none are left out.
+
+    captions: of every image.
+    """
+
+    labels = None
+
+    def __init__(self, data: Any, captions: Sequence[Sequence[str]]):
+        self.data, self.name = data, data.name
+        self.kept = [number for number, own in enumerate(captions) if own]
+        self.captions = [list(captions[number]) for number in self.kept]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, list[str]]:
+        return self.data[self.kept[i]][0], self.captions[i]
+
+
 def open_dataset(
     spec: str,
     *,
@@ -142,7 +162,7 @@ def open_dataset(
 
 def captions_of(dataset: Any) -> list[list[str]]:
     """The captions of every image of what `open_dataset` returns. No image is opened."""
-    if isinstance(dataset, ImageCaptions):
+    if isinstance(dataset, ImageCaptions | Recaptioned):
         return dataset.captions
     captions: list[list[str]] = [[] for _ in range(len(dataset))]
     for caption, image in zip(dataset.captions, dataset.caption_image.tolist()):

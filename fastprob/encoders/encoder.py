@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -49,12 +50,18 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """sha256 over all weights (name, dtype, shape, bytes) and the transform: equal for equal embeddings."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
-            digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest = digest_of(self.model)
         digest.update(described(self.preprocess).encode())
         return digest.hexdigest()
+
+
+def digest_of(model: torch.nn.Module) -> Any:
+    """sha256 over all weights: name, dtype, shape, bytes; it takes more."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest
 
 
 def load_encoder(

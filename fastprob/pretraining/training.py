@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from fastprob.data.captions import captions_of
 from fastprob.data.pairs import Owned
 from fastprob.data.pixels import ImagesOf, Pixels
+from fastprob.encoders.encoder import digest_of
 from fastprob.pretraining.config import MODEL, PRECISIONS, PretrainConfig, Pretrained, build
 from fastprob.pretraining.text import Texts
 from fastprob.pretraining.tokens import words_of
@@ -43,6 +44,7 @@ def fit(
     *,
     config: PretrainConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    start: Pretrained | None = None,
     directory: str | os.PathLike | None = None,
     resume: bool = False,
     device: torch.device | str | None = None,
@@ -55,6 +57,7 @@ def fit(
         data: of `fastprob.data.open_dataset`; every image has a caption.
         config: defaults to `PretrainConfig()`.
         tokenizer: of transformers; by default one of the captions' words, see `words_of`.
+        start: of the same objective and size, whose weights and tokenizer the run begins with.
         directory: where checkpoints and history go, replacing an earlier run's; None writes nothing.
         resume: go on from `directory`/last.pt. The result equals an uninterrupted run's bit for bit.
         device: defaults to CUDA where there is one.
@@ -78,15 +81,29 @@ def fit(
     bare = next((image for image, own in enumerate(captions) if not own), None)
     if bare is not None:
         raise ValueError(f"fit: data must have a caption of every image, image {bare} has none")
+    if start is not None:
+        tokenizer = _tokenizer_of(start, config, tokenizer)
     tokenizer = tokenizer or words_of(caption for own in captions for caption in own)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with own_random_state(device):
-        run = _Run(config, data, captions, tokenizer, directory, device, workers)
+        run = _Run(config, data, captions, tokenizer, start, directory, device, workers)
         run.train(resume=resume, progress=progress)
     run.made.model.eval()
     if run.writes and not (run.directory / MODEL).exists():
         run.made.save(run.directory)
     return run.made, run.history
+
+
+def _tokenizer_of(
+    start: Pretrained, config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    if tokenizer is not None:
+        raise ValueError("fit: tokenizer must be None with start, which has its own")
+    for name in ("objective", "size", "model"):
+        ours, theirs = getattr(config, name), getattr(start.config, name)
+        if ours != theirs:
+            raise ValueError(f"fit: start must have {name} {ours!r}, got {theirs!r}")
+    return start.model.tokenizer
 
 
 class _Run(Run):
@@ -96,6 +113,7 @@ class _Run(Run):
         data: Any,
         captions: list[list[str]],
         tokenizer: PreTrainedTokenizerBase,
+        start: Pretrained | None,
         directory: str | os.PathLike | None,
         device: torch.device,
         workers: int,
@@ -104,6 +122,9 @@ class _Run(Run):
         self.config, self.data = config, data
         self.made = build(config, tokenizer)
         model = self.made.model.to(device)
+        if start is not None:
+            model.load_state_dict(start.model.state_dict())
+        self.start_from = None if start is None else digest_of(start.model).hexdigest()
         self.teacher = Teacher(model.towers, config.queue, momentum=config.momentum, seed=config.seed).to(device)
         self.pixels = Pixels(ImagesOf(data), self.made.preprocess, workers=workers)
         self.texts = [caption for own in captions for caption in own]
@@ -149,7 +170,8 @@ class _Run(Run):
         words = hashlib.sha256(json.dumps(sorted(self.model.tokenizer.get_vocab().items())).encode()).hexdigest()
         texts = hashlib.sha256(json.dumps([self.texts, self.of.count.tolist()]).encode()).hexdigest()
         files = self.data.digests() if hasattr(self.data, "digests") else {}
-        return {**asdict(self.config), "tokens": words, "data": {"name": self.data.name, "captions": texts, **files}}
+        own = {"tokens": words, "start": self.start_from}
+        return {**asdict(self.config), **own, "data": {"name": self.data.name, "captions": texts, **files}}
 
 
 def _rate(step: int, steps: int, all_steps: int) -> float:
