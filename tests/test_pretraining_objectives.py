@@ -205,6 +205,19 @@ def test_in_bfloat16(kind):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@torch.no_grad()
+def test_attention_to_images_drops_in_training_alone():
+    model = made(BLIP, attention_probs_dropout_prob=0.5)
+    pixels, texts, _ = batch(model)
+    keys = ImageKeys(model.towers.images(pixels)[1])
+    model.towers.text.eval()
+    attention = model.towers.text.encoder.layer[0].crossattention.self
+    once, again = (model.match(texts, keys) for _ in range(2))
+    assert once.equal(again)
+    attention.train()
+    assert not model.match(texts, keys).equal(once)
+
+
 def test_texts_that_do_not_belong_to_images_are_refused():
     model = made(BLIP)
     pixels, texts, ids = batch(model)
