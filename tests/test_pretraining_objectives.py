@@ -205,6 +205,23 @@ def test_in_bfloat16(kind):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [ALBEF, BLIP])
+def test_keys_of_images_are_projected_once_for_all(kind):
+    """For true pairs, negatives of both sides and words; and for all words and beams of a caption."""
+    model = made(kind)
+    pixels, texts, ids = batch(model)
+    layers = (model.towers.text if kind is BLIP else model.towers.fusion).encoder.layer
+    rows = []
+    for layer in layers:
+        layer.crossattention.self.key.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    model.losses(pixels, texts, ids, Teacher(model.towers, 4).double(), alpha=ALPHA, seed=SEED)
+    assert rows == [3] * len(layers)
+    if kind is BLIP:
+        rows.clear()
+        model.eval().caption(pixels, num_beams=3, min_new_tokens=4, max_new_tokens=4)
+        assert rows == [3] * len(layers)
+
+
 @torch.no_grad()
 def test_attention_to_images_drops_in_training_alone():
     model = made(BLIP, attention_probs_dropout_prob=0.5)
