@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastprob._files import read_tensors, write_tensors
+from fastprob._memory import giving_back
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.uncertainty import ROWS, predict
 from fastprob.data.pairs import Paired, PairedEmbeddings, check_paired
@@ -296,7 +297,7 @@ def _variances(adapter: GGDAdapter, rows: Tensor, passes: int, seed: int) -> dic
     kinds = ("aleatoric", "epistemic") if passes else ("aleatoric",)
     found = {kind: torch.empty(len(rows)) for kind in kinds}
     blocks = torch.arange(len(rows)).split(ROWS)
-    for some in tqdm(blocks, "variances", unit="block", delay=5, leave=False):
+    for some in giving_back(tqdm(blocks, "variances", unit="block", delay=5, leave=False)):
         predicted = predict(adapter, rows[some], passes=passes, seed=seed)
         for kind, values in found.items():
             values[some] = getattr(predicted, kind).mean(1).cpu()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import fastprob
 from fastprob._files import replaced
+from fastprob._memory import giving_back
 from fastprob.adapters.adapter import GGDAdapter, ProbVLM
 from fastprob.adapters.error import ErrorModels
 from fastprob.adapters.pages import SHOWN, check_shown, write_predictions_page
@@ -116,7 +117,7 @@ def _predict_side(
     with replaced(mean) as path, open(path, "wb") as file:  # mapped, the means would count as memory
         kind = {"descr": "<f4", "fortran_order": False, "shape": tuple(rows.shape)}
         np.lib.format.write_array_header_1_0(file, kind)
-        for start in range(0, len(rows), ROWS):
+        for start in giving_back(range(0, len(rows), ROWS)):
             some = slice(start, start + ROWS)
             predicted = predict(adapter, rows[some], passes=passes, seed=seed)
             file.write(predicted.mu.numpy(force=True).astype("<f4").tobytes())

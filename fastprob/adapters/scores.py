@@ -16,7 +16,7 @@ from fastprob.adapters.error import SIDES, ErrorModels, Variances, variances
 from fastprob.data.store import EmbeddingStore
 from fastprob.evaluation.comparison import DRAWS, with_random
 from fastprob.evaluation.retrieval import Found, nearest
-from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate, same
+from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimates, same
 
 DIRECTIONS = {"image": "image -> text", "text": "text -> image"}  # by who asks
 TOTAL, COSINE, P_WRONG = "total uncertainty", "1 - max cosine", "p(wrong)"
@@ -71,9 +71,8 @@ def outside_aurocs(
             values = signals[side].values
             scores = plain_scores(both, 1 - values["distance"]) | fitted_scores(error, side, values)
         stranger = torch.arange(here + len(rows)) >= here
-        draws = Bootstrap(group[side], DRAWS)
-        result[DIRECTIONS[side]] = {
-            name: estimate(Ranked(score, stranger).auroc, draws)
-            for name, score in with_random(scores, len(stranger)).items()
-        }
+        result[DIRECTIONS[side]] = estimates(
+            {name: Ranked(score, stranger).auroc for name, score in with_random(scores, len(stranger)).items()},
+            Bootstrap(group[side], DRAWS),
+        )
     return result

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import fastprob
 from fastprob._files import write_atomically
+from fastprob._memory import giving_back
 from fastprob._op import one_of
 from fastprob.adapters.adapter import DEFAULT_POSITIVE, Parameters, ProbVLM, check_adapter
 from fastprob.data.pairs import Paired, Pairs, check_paired
@@ -205,7 +206,7 @@ def _nll(model: ProbVLM, pairs: Pairs, cross_weight: float, form: str, cross: st
     model.eval()
     values = torch.empty(math.ceil(pairs.images / _NLL_ROWS), dtype=torch.float64, device=pairs.device)
     weight = torch.empty(len(values), dtype=torch.float64)
-    blocks = tqdm(pairs.blocks(_NLL_ROWS), "nll", len(values), unit="block", delay=5, leave=False)
+    blocks = giving_back(tqdm(pairs.blocks(_NLL_ROWS), "nll", len(values), unit="block", delay=5, leave=False))
     for number, (image, text, owner) in enumerate(blocks):
         of_image, of_text = model(image, text)  # three of [B, D], three of [C, D]
         spread = tuple(parameter[owner] for parameter in of_image)  # three of [C, D]

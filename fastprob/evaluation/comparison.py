@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 
 from fastprob.evaluation.calibration import expected_calibration_error
-from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimate
+from fastprob.evaluation.selective import Bootstrap, Estimate, Ranked, estimates
 from fastprob.evaluation.tables import aligned
 
 RANDOM = "random"
@@ -92,13 +91,15 @@ def compare(
     Raises:
         ValueError: as `Ranked`, or a probability outside of [0, 1].
     """
-    resampled, judged = Bootstrap(group, draws, seed), {}
-    for name, score in with_random(scores, len(wrong), seed).items():
-        ranked = Ranked(score, wrong)
-        ece, nll = _of_probability(name, score, wrong) if name in probabilities else (None, None)
-        both = bool(wrong.any()) and not bool(wrong.all())
-        auroc = estimate(ranked.auroc, resampled) if both else Estimate(math.nan, math.nan, math.nan)
-        judged[name] = Judged(estimate(ranked.aurc, resampled), auroc, ece, nll, _risks(ranked))
+    ranked = {name: Ranked(score, wrong) for name, score in with_random(scores, len(wrong), seed).items()}
+    found = estimates(
+        {(name, measure): getattr(one, measure) for name, one in ranked.items() for measure in ("aurc", "auroc")},
+        Bootstrap(group, draws, seed),
+    )
+    judged = {}
+    for name, one in ranked.items():
+        ece, nll = _of_probability(name, scores[name], wrong) if name in probabilities else (None, None)
+        judged[name] = Judged(found[name, "aurc"], found[name, "auroc"], ece, nll, _risks(one))
     return Comparison(float(wrong.double().mean()), judged)
 
 

@@ -12,13 +12,19 @@ El-Yaniv, Selective Classification for Deep Neural Networks, NeurIPS 2017.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastprob._arguments import as_tensor
+from fastprob._memory import giving_back
+
+Name = TypeVar("Name", bound=Hashable)
+Measure = Callable[[Tensor | None], Tensor]
+"""Of queries with weights [B, Q], or of all alike: [B]."""
 
 _WEIGHTS = 1 << 20
 """Weights of a bootstrap held at a time, 8 MB."""
@@ -113,13 +119,25 @@ def auroc(score: Tensor, wrong: Tensor) -> float:
     return float(Ranked(score, wrong).auroc())
 
 
-def estimate(measure: Callable[[Tensor | None], Tensor], draws: Bootstrap) -> Estimate:
+def estimate(measure: Measure, draws: Bootstrap) -> Estimate:
     """A measure of queries, such as `Ranked(score, wrong).aurc`, with its bootstrap interval (percentiles)."""
-    values = torch.cat([measure(weight) for weight in draws])
-    values = values[values.isfinite()]
+    return estimates({None: measure}, draws)[None]
+
+
+def estimates(measures: Mapping[Name, Measure], draws: Bootstrap) -> dict[Name, Estimate]:
+    """`estimate` of several measures of the same queries, each draw made once for all of them."""
+    found: dict[Name, list[Tensor]] = {name: [] for name in measures}
+    for weight in giving_back(draws):
+        for name, measure in measures.items():
+            found[name].append(measure(weight))
+    return {name: _estimate(float(measure(None)), torch.cat(found[name])) for name, measure in measures.items()}
+
+
+def _estimate(value: float, drawn: Tensor) -> Estimate:
+    drawn = drawn[drawn.isfinite()]
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = values.quantile(ends).tolist() if len(values) else (math.nan, math.nan)
-    return Estimate(float(measure(None)), low, high)
+    low, high = drawn.quantile(ends).tolist() if len(drawn) else (math.nan, math.nan)
+    return Estimate(value, low, high)
 
 
 class Bootstrap:
