@@ -164,7 +164,7 @@ class ALBEF(_Objectives):
         self, texts: Texts, keys: ImageKeys, twin_keys: ImageKeys, teacher: Teacher, alpha: Tensor, seed: int
     ) -> dict[str, Tensor]:
         told, run = self.tokenizer, len(texts) // len(keys.states)
-        keep = told.pad_token_id, told.cls_token_id, told.sep_token_id
+        keep = told.pad_token_id, told.cls_token_id
         shown, hidden = (
             share(rows, run=run)
             for rows in hide_tokens(
