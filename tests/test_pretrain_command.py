@@ -1,6 +1,7 @@
 """`fastprob pretrain`: fit, eval, caption and filter on files, one after another."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 from fastprob.cli import main
-from fastprob.data import DigitScenes, open_dataset
+from fastprob.data import DigitScenes, EmbeddingStore, open_dataset
 from fastprob.data.captions import captions_of
 from fastprob.data.pixels import ImagesOf, Pixels
 from fastprob.pretraining import config as configs
@@ -86,6 +87,23 @@ def test_fit_eval_caption_filter(capsys, table, tmp_path):
 
 def order_of(data):
     return [int(image.stem) for image in data.images]
+
+
+def test_a_run_is_an_encoder_for_embed(capsys, table, tmp_path):
+    fitted(capsys, table, tmp_path / "run")
+    model = f"run:{tmp_path / 'run'}"
+    assert main(["embed", "--data", str(table), "--model", model, "--out", str(tmp_path / "store")]) == 0
+    store, made = EmbeddingStore(tmp_path / "store"), Pretrained.load(tmp_path / "run")
+    assert store.encoder["model"] == model and store.lost.cut == 0
+    with torch.no_grad():
+        for row, image in enumerate(store.ids):
+            scene = SCENES[int(Path(image).stem)]
+            wanted = made.model.towers.images(made.preprocess(scene[0])[None])[0][0]
+            torch.testing.assert_close(store.image[row], wanted)
+        texts = made.model.towers.texts(made.model.tokenize(store.captions))[0]
+    torch.testing.assert_close(store.text, texts)
+    code = main(["embed", "--data", str(table), "--model", model, "--pretrained", "x", "--out", str(tmp_path / "o")])
+    assert code == 2 and f"pretrained must be None for '{model}', got 'x'" in capsys.readouterr().err
 
 
 def test_what_is_somebody_elses_stays(capsys, table, tmp_path):

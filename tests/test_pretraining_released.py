@@ -5,10 +5,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
+from fastprob.encoders import load_encoder
 from fastprob.pretraining.config import SIZES, PretrainConfig, Size, build
 from fastprob.pretraining.objectives import DEC, ENC
 from fastprob.pretraining.released import load_released
@@ -91,6 +93,25 @@ def test_retrieval_is_theirs(repository, tmp_path):
     matched = expected(grounded.ids, PIXELS, attention_mask=grounded.mask).itm_score
     torch.testing.assert_close(model.match(read, ImageKeys(states)), matched, **tolerance)
     assert not F.cosine_similarity(matched[:1], matched[1:]).gt(1 - 1e-6).all()
+
+
+@torch.no_grad()
+def test_a_released_model_is_an_encoder(tmp_path):
+    expected = theirs(BlipForImageTextRetrieval)
+    save_file({name: weight.contiguous() for name, weight in expected.state_dict().items()}, tmp_path / "a.safetensors")
+    tokenizer_of().save_pretrained(tmp_path / "words")
+    encoder = load_encoder(f"released:{tmp_path / 'a.safetensors'}", tmp_path / "words")
+    assert encoder.dim == 24 and encoder.preprocess(Image.new("RGB", (50, 20))).shape == (3, 32, 32)
+    ids = encoder.tokenizer(CAPTIONS)
+    mask = (ids != 0).long()
+    wanted = expected(ids, PIXELS, attention_mask=mask, use_itm_head=False).itm_score
+    torch.testing.assert_close(encoder.encode_image(PIXELS) @ encoder.encode_text(ids).T, wanted)
+    with pytest.raises(ValueError, match="must be the tokenizer of 'released:x', bert-base-uncased; got None"):
+        load_encoder("released:x")
+    captioner = theirs(BlipForConditionalGeneration).state_dict()
+    save_file({name: weight.clone().contiguous() for name, weight in captioner.items()}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="must have projections and a text tower, it has no projections"):
+        load_encoder(f"released:{tmp_path / 'c.safetensors'}", tmp_path / "words")
 
 
 @torch.no_grad()

@@ -20,6 +20,10 @@ GOOD_MODELS = (
     "as --model ViT-B-32 --pretrained laion2b_s34b_b79k (fast), ViT-B-16-SigLIP2 and webli, or ViT-L-14 and "
     "datacomp_xl_s13b_b90k"
 )
+MODEL = (
+    "open_clip model; tiny, the built-in one and the default for built-in digits; run:DIRECTORY of `pretrain fit`; "
+    "released:FILE of ALBEF or BLIP"
+)
 DATA = (
     "data set: a table of captions (.csv, .tsv, .parquet), COCO's or Karpathy's .json, Flickr30k's or Flickr8k's file, "
     "each with @DIRECTORY of its images where they are not beside it; a directory: of images by class, of images with "
@@ -66,10 +70,8 @@ def add_fields(
 
 
 def add_encoder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", help="open_clip model, or tiny, the built-in one and the default for built-in digits"
-    )
-    parser.add_argument("--pretrained", help="open_clip tag or checkpoint file")
+    parser.add_argument("--model", help=MODEL)
+    parser.add_argument("--pretrained", help="open_clip tag or checkpoint file; of released: its tokenizer")
     parser.add_argument("--device", help="default: CUDA where there is one")
 
 

@@ -71,14 +71,19 @@ def load_encoder(
 
     Args:
         model: "tiny", which ships with its weights (`fastprob.encoders.tiny`); a name of `open_clip.list_models()`; or
-            open_clip's "hf-hub:..." and "local-dir:...".
-        pretrained: one of open_clip's tags for the model or a local checkpoint file; None only for those that bring
-            their weights ("tiny" and the last two).
+            open_clip's "hf-hub:..." and "local-dir:..."; or ALBEF and BLIP: "run:..." and "released:...", see
+            `fastprob.pretraining.encoder`.
+        pretrained: one of open_clip's tags for the model or a local checkpoint file; None for those that bring their
+            weights ("tiny", "hf-hub:", "local-dir:", "run:"); of "released:" its tokenizer.
         device: where its weights go.
 
     Raises:
         ValueError: an unknown model, or weights that are missing or don't fit.
     """
+    if model.startswith(("run:", "released:")):
+        from fastprob.pretraining import encoder  # which needs transformers
+
+        return encoder.load(model, None if pretrained is None else str(pretrained), device)
     name = _known_model(model)
     weights = _known_weights(name, model, pretrained)
     try:
