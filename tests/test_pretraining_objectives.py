@@ -2,24 +2,22 @@
 
 import pytest
 import torch
-from torch.func import functional_call
 from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 
 from open_clip.transformer import VisionTransformer
 from transformers import BlipTextConfig
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
+from bench.blip import plain, released, states_of
 from fastprob.data import DigitScenes
-from fastprob.pretraining import hard_negatives
 from fastprob.pretraining.masking import hide_tokens
 from fastprob.pretraining.objectives import ALBEF, BLIP
 from fastprob.pretraining.retrieval import recalls, retrieve
 from fastprob.pretraining.text import ImageKeys
 from fastprob.pretraining.tokens import words_of
 from fastprob.pretraining.towers import Teacher
-from fastprob.training import seed_of
 
 SCENES = DigitScenes("train", num_scenes=40)
 CAPTIONS = [
@@ -60,92 +58,7 @@ def teacher_of(model, seed=2):
     return teacher
 
 
-# ---------------------------------------------------------------------------------------- the papers' steps, plainly
-
-
-def plain(ours, *args, **kwargs):
-    """Last states by transformers' own text model of the same weights, whose images are states, a row for each text."""
-    model = BlipTextModel(ours.config, add_pooling_layer=False)
-    return functional_call(model, dict(ours.named_parameters()), args, kwargs).last_hidden_state
-
-
-def states_of_images(towers, pixels):
-    visual = towers.visual
-    x = visual.transformer(visual._embeds(pixels))
-    return visual.ln_post(x)
-
-
-def features(projection, states):
-    return F.normalize(projection(states[:, 0]), dim=1)
-
-
-def contrast(a, b_keys, teacher, ids, key_ids, tau, alpha):
-    equal = (ids[:, None] == key_ids).double()
-    targets = alpha * (teacher @ b_keys.T / tau).softmax(1).detach() + (1 - alpha) * equal / equal.sum(1, keepdim=True)
-    return -((a @ b_keys.T / tau).log_softmax(1) * targets).sum(1).mean()
-
-
-def released(model, pixels, texts, ids, teacher):
-    """(itc, itm, third): each image once for every one of its texts."""
-    each = len(texts) // len(pixels)
-    pixels, ids = pixels.repeat_interleave(each, dim=0), ids.repeat_interleave(each)
-    towers, twin, queue = model.towers, teacher.twin, teacher.queue
-    for mine, theirs in zip(twin.parameters(), towers.parameters()):
-        mine.data.copy_(MOMENTUM * mine + (1 - MOMENTUM) * theirs)
-    mask = texts.mask
-    image, twin_image = states_of_images(towers, pixels), states_of_images(twin, pixels)
-    text = plain(towers.text, texts.ids, attention_mask=mask)
-    twin_text = plain(twin.text, texts.ids, attention_mask=mask)
-    v, t = features(towers.image_projection, image), features(towers.text_projection, text)
-    vm, tm = features(twin.image_projection, twin_image), features(twin.text_projection, twin_text)
-    tau, key_ids = model.contrast.temperature, torch.cat([ids, queue.ids])
-    to_text = contrast(v, torch.cat([tm, queue.text]), vm, ids, key_ids, tau, ALPHA)
-    to_image = contrast(t, torch.cat([vm, queue.image]), tm, ids, key_ids, tau, ALPHA)
-
-    negative_text = hard_negatives(v @ tm.T / tau, ids, ids, seed=seed_of(SEED, 0))[0]
-    negative_image = hard_negatives(t @ vm.T / tau, ids, ids, seed=seed_of(SEED, 1))[0]
-    texts_of_all = torch.cat([torch.arange(len(ids)), negative_text, torch.arange(len(ids))])
-    images_of_all = torch.cat([image, image, image[negative_image]])
-    if isinstance(model, BLIP):
-        begun = texts.ids[texts_of_all].clone()
-        begun[:, 0] = model.tokenizer.convert_tokens_to_ids("[ENC]")
-        fused = plain(towers.text, begun, attention_mask=mask[texts_of_all], encoder_hidden_states=images_of_all)
-    else:
-        states = {"encoder_embeds": text[texts_of_all], "encoder_hidden_states": images_of_all}
-        fused = plain(towers.fusion, attention_mask=mask[texts_of_all], **states)
-    labels = torch.tensor([1] * len(ids) + [0] * 2 * len(ids))
-    itm = F.cross_entropy(model.matching(fused[:, 0]), labels)
-    third = causal(model, texts, image) if isinstance(model, BLIP) else masked(model, teacher, texts, image, twin_image)
-    return (to_text + to_image) / 2, itm, third
-
-
-def causal(model, texts, image):
-    begun = texts.ids.clone()
-    begun[:, 0] = model.tokenizer.bos_token_id
-    hidden = plain(model.decoder.bert, begun, attention_mask=texts.mask, encoder_hidden_states=image, is_decoder=True)
-    labels = texts.ids.masked_fill(texts.mask == 0, -100)[:, 1:]
-    scores = model.decoder.cls(hidden)[:, :-1]
-    return F.cross_entropy(scores.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
-
-
-def masked(model, teacher, texts, image, twin_image):
-    tokens = model.tokenizer
-    shown, hidden = hide_tokens(
-        texts.ids, mask=tokens.mask_token_id, vocabulary=len(tokens), keep=(0, 2), seed=seed_of(SEED, 2)
-    )
-    assert hidden.any()
-    scores = []
-    for towers, states in ((model.towers, image), (teacher.twin, twin_image)):
-        text = plain(towers.text, shown, attention_mask=texts.mask)
-        fused = plain(towers.fusion, encoder_embeds=text, attention_mask=texts.mask, encoder_hidden_states=states)
-        scores.append(towers.words(fused))
-    labels = texts.ids.masked_fill(~hidden, -100)
-    hard = F.cross_entropy(scores[0].flatten(0, 1), labels.flatten())
-    soft = -(scores[0].log_softmax(2) * scores[1].softmax(2).detach()).sum(2)[hidden].mean()
-    return (1 - ALPHA) * hard + ALPHA * soft
-
-
-# ------------------------------------------------------------------------------------------------------------- tests
+# ------------------------------------------------------------------------------------------------------------ losses
 
 
 @pytest.mark.parametrize("each", [1, 2])
@@ -156,7 +69,7 @@ def test_losses_and_gradients_are_the_papers(kind, each):
     with torch.no_grad():
         first, second = teacher_of(model), teacher_of(model)
     losses = model.losses(pixels, texts, ids, first, alpha=ALPHA, seed=SEED)
-    expected = released(model, pixels, texts, ids, second)
+    expected = released(model, pixels, texts, ids, second, alpha=ALPHA, seed=SEED)
     assert list(losses) == ["itc", "itm", "mlm" if kind is ALBEF else "lm"]
     torch.testing.assert_close(torch.stack(list(losses.values())), torch.stack(expected))
     wanted = list(model.parameters())
@@ -265,7 +178,7 @@ def test_tokens_are_hidden_by_berts_shares():
 
 def by_hand(model, image, count):
     """Greedy words, every one of them from all before it anew."""
-    states = states_of_images(model.towers, image)
+    states = states_of(model.towers, image)
     ids = torch.tensor([[model.tokenizer.bos_token_id]])
     for _ in range(count):
         hidden = plain(model.decoder.bert, ids, encoder_hidden_states=states, is_decoder=True)
@@ -293,7 +206,7 @@ def test_captions_are_those_of_transformers_with_images_repeated(options):
     theirs.load_state_dict(model.decoder.state_dict())
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("a three", add_special_tokens=False)["input_ids"]]] * 3)
     torch.manual_seed(0)
-    told = theirs.generate(ids, encoder_hidden_states=states_of_images(model.towers, pixels), **options)
+    told = theirs.generate(ids, encoder_hidden_states=states_of(model.towers, pixels), **options)
     assert captions == tokenizer.batch_decode(told[:, 3:], skip_special_tokens=True)
     assert len(captions) == 3 * options.get("num_return_sequences", 1) and len(set(captions)) > 2
 
