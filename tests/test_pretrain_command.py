@@ -1,6 +1,7 @@
 """`fastprob pretrain`: fit, eval, caption and filter on files, one after another."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,16 @@ def test_mistakes_are_named(capsys, table, tmp_path):
     assert code == 2 and "nowhere/model.safetensors" in err
     code, _, err = run(capsys, "fit", "--data", table, "--out", tmp_path / "new", "--tokenizer", tmp_path / "nowhere")
     assert code == 2 and "--tokenizer" in err and not (tmp_path / "new").exists()
+
+
+def test_without_transformers_its_extra_is_named(capsys, table, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for command in ("fit", "caption"):
+        code, _, err = run(capsys, command, "--data", table)
+        assert code == 2
+        assert "pretrain: needs transformers; install it with `pip install fastprob[pretrain]`" in err
+    code = main(["embed", "--data", str(table), "--model", "run:x", "--out", "y"])
+    assert code == 2 and "load_encoder: needs transformers" in capsys.readouterr().err
 
 
 def test_pictures_that_are_no_files_are_written_beside_their_captions(tmp_path):

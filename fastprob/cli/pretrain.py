@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --
 
 
 def fit_options(parser: argparse.ArgumentParser) -> None:
+    from fastprob.pretraining import need_transformers
+
+    need_transformers("pretrain")
     from fastprob.pretraining.config import PretrainConfig
 
     parser.add_argument("--data", required=True, help=DATA)
@@ -53,6 +56,9 @@ def tokenizer_of(name: str) -> Any:
 
 
 def use_options(parser: argparse.ArgumentParser) -> None:
+    from fastprob.pretraining import need_transformers
+
+    need_transformers("pretrain")
     parser.add_argument("--data", required=True, help=DATA)
     parser.add_argument("--checkpoint", required=True, type=Path, help="directory of a run of `pretrain fit`")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once (default: 64)")

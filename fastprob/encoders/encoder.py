@@ -81,7 +81,10 @@ def load_encoder(
         ValueError: an unknown model, or weights that are missing or don't fit.
     """
     if model.startswith(("run:", "released:")):
-        from fastprob.pretraining import encoder  # which needs transformers
+        from fastprob.pretraining import need_transformers
+
+        need_transformers("load_encoder")
+        from fastprob.pretraining import encoder
 
         return encoder.load(model, None if pretrained is None else str(pretrained), device)
     name = _known_model(model)

@@ -12,4 +12,13 @@ from fastprob.pretraining.contrast import ImageTextContrast
 from fastprob.pretraining.momentum import Queue, follow, twin_of
 from fastprob.pretraining.negatives import hard_negatives
 
+
+def need_transformers(who: str) -> None:
+    """Raises ImportError, as `who`, that says how to get transformers, where it is not there."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{who}: needs transformers; install it with `pip install fastprob[pretrain]`") from error
+
+
 __all__ = ["ImageTextContrast", "Queue", "follow", "hard_negatives", "twin_of"]

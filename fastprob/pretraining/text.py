@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-try:
-    from transformers import BlipTextConfig
-    from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
-except ImportError as error:
-    raise ImportError(
-        "fastprob.pretraining: needs transformers; install it with `pip install fastprob[pretrain]`"
-    ) from error
+from transformers import BlipTextConfig
+from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
 
 @dataclass(frozen=True)
