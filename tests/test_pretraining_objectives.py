@@ -118,6 +118,12 @@ def test_in_bfloat16(kind):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_albefs_upper_layers_alone_see_images():
+    towers = made(ALBEF, num_hidden_layers=5).towers
+    assert len(towers.text.encoder.layer) == 2 and len(towers.fusion.encoder.layer) == 3
+    assert not hasattr(towers.text.encoder.layer[1], "crossattention")
+
+
 @pytest.mark.parametrize("kind", [ALBEF, BLIP])
 def test_keys_of_images_are_projected_once_for_all(kind):
     """For true pairs, negatives of both sides and words; and for all words and beams of a caption."""
