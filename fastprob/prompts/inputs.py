@@ -35,7 +35,8 @@ class Inputs:
         augment: bool = False,
         progress: bool = True,
     ):
-        self.data, self.encoder, self.augment, self.progress = data, encoder, augment, progress
+        self.data, self.encoder, self.batch_size = data, encoder, batch_size
+        self.augment, self.progress = augment, progress
         self._pixels = Pixels(data, encoder.preprocess, batch_size=batch_size, workers=workers)
         self.labels = data.labels.to(encoder.device)
 
@@ -45,7 +46,7 @@ class Inputs:
     @cached_property
     def features(self) -> Tensor:
         """[N, D] of unit norm, on the encoder's device."""
-        rows = torch.arange(len(self)).split(self._pixels.batch_size)
+        rows = torch.arange(len(self)).split(self.batch_size)
         read = self._pixels.read(rows, keep=False)
         bar = tqdm(read, f"encode {self.data.name}", len(rows), leave=False, disable=not self.progress)
         with torch.autocast(self.encoder.device.type, enabled=False):  # whoever asks first, and in which precision
