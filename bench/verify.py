@@ -36,9 +36,9 @@ def timed(name: str) -> Callable:
 
 def value_and_grads(function, tensors) -> list[torch.Tensor]:
     """The results, and the gradients of those tensors that ask for one."""
-    leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+    leaves = [t if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
     results = tests_conftest.as_tuple(function(*leaves))
-    asking, moving = [t for t in leaves if t.requires_grad], tests_conftest.moving(results)
+    asking, moving = tests_conftest.moving(leaves), tests_conftest.moving(results)
     grads = torch.autograd.grad(sum(r.sum() for r in moving), asking) if asking else ()
     return [*(r.detach() for r in results), *grads]
 
@@ -50,7 +50,7 @@ def check(name: str, tensors) -> None:
         truth = value_and_grads(function, tests_conftest.cast(tensors, torch.float64))
         reference = value_and_grads(function, tensors)
     outputs = [f"result {i}" for i, _ in enumerate(op.results)]
-    outputs += [f"gradient of {n}" for n, t in zip(op.tensors, tensors) if t.requires_grad]
+    outputs += [f"gradient of {n}" for n, t in zip(op.tensors, tensors) if t is not None and t.requires_grad]
     exempt = tests_conftest.overflows(truth[0], tensors[0].dtype)
     for backend in all_backends(name, tensors[0].device.type):
         with fastprob.backend(backend):
@@ -93,8 +93,10 @@ def check_samples(name: str, dtype: torch.dtype, device: str) -> str | None:
     op = OPS[name]
     try:
         for size in op.sizes:
-            check(name, tests_conftest.leaves_of(op.inputs(tests_conftest.maker(dtype, device), *size)))
-        tensors = tests_conftest.leaves_of(op.inputs(tests_conftest.maker(), *op.sizes[-1]))
+            check(name, tests_conftest.leaves_of(op.inputs(tests_conftest.maker(dtype, device), *size), op))
+        of_sizes = (op.inputs(tests_conftest.maker(), *size) for size in reversed(op.sizes))
+        whole = next(each for each in of_sizes if all(t is not None for t in each))  # with all that may be left out
+        tensors = tests_conftest.leaves_of(whole, op)
         truth = value_and_grads(functools.partial(op.reference, **op.bench_options), tensors)
         for baseline, function in BASELINES.get(name, {}).items():
             if "seed" in op.options:
