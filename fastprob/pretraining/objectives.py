@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from open_clip.transformer import VisionTransformer
@@ -41,13 +41,30 @@ class _Objectives(nn.Module):
     """What both train with: contrast and matching."""
 
     towers: Towers
+    special: ClassVar[dict[str, Any]] = {}
+    """Tokens that a tokenizer gets where it lacks them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: BlipTextConfig, temperature: float):
+    def __init__(
+        self,
+        visual: VisionTransformer,
+        tokenizer: PreTrainedTokenizerBase,
+        config: BlipTextConfig,
+        *,
+        dim: int = 256,
+        temperature: float = 0.07,
+    ):
         super().__init__()
+        tokenizer.add_special_tokens(self.special)
+        config = _fitted(config, visual, tokenizer)
         self.tokenizer = tokenizer
         self.length = config.max_position_embeddings
         self.contrast = ImageTextContrast(temperature)
         self.matching = nn.Linear(config.hidden_size, 2)
+        self._build(visual, config, dim)
+
+    def _build(self, visual: VisionTransformer, config: BlipTextConfig, dim: int) -> None:
+        """Makes the towers, and what else a model has of its own."""
+        raise NotImplementedError
 
     def tokenize(self, captions: Sequence[str]) -> Texts:
         """Texts as long as the longest of them, cut where positions end, on the model's device."""
@@ -147,17 +164,7 @@ class ALBEF(_Objectives):
         ALBEF (Li et al., NeurIPS 2021).
     """
 
-    def __init__(
-        self,
-        visual: VisionTransformer,
-        tokenizer: PreTrainedTokenizerBase,
-        config: BlipTextConfig,
-        *,
-        dim: int = 256,
-        temperature: float = 0.07,
-    ):
-        config = _fitted(config, visual, tokenizer)
-        super().__init__(tokenizer, config, temperature)
+    def _build(self, visual: VisionTransformer, config: BlipTextConfig, dim: int) -> None:
         self.towers = AlbefTowers(visual, config, dim)
 
     def _language(
@@ -191,19 +198,10 @@ class BLIP(_Objectives):
         BLIP (Li et al., ICML 2022).
     """
 
-    def __init__(
-        self,
-        visual: VisionTransformer,
-        tokenizer: PreTrainedTokenizerBase,
-        config: BlipTextConfig,
-        *,
-        dim: int = 256,
-        temperature: float = 0.07,
-    ):
-        tokenizer.add_special_tokens({"bos_token": DEC, "additional_special_tokens": [ENC]})
-        config = _fitted(config, visual, tokenizer)
-        super().__init__(tokenizer, config, temperature)
-        self.towers = BlipTowers(visual, config, dim, tokenizer.convert_tokens_to_ids(ENC))
+    special: ClassVar = {"bos_token": DEC, "additional_special_tokens": [ENC]}
+
+    def _build(self, visual: VisionTransformer, config: BlipTextConfig, dim: int) -> None:
+        self.towers = BlipTowers(visual, config, dim, self.tokenizer.convert_tokens_to_ids(ENC))
         self.decoder = BlipTextLMHeadModel(self.towers.text.config)
         shared = self.towers.text
         self.decoder.bert.embeddings = shared.embeddings

@@ -91,7 +91,7 @@ def match(model: ALBEF | BLIP, pixels: Pixels, read: Texts, images: Tensor, text
     for batch in batches_of(model, pixels, "match", progress):
         keys = ImageKeys(model.towers.images(batch)[1])
         for number, rows in enumerate(own[done : done + len(batch)]):
-            key = keys.select(torch.tensor([number], device=batch.device))
+            key = keys.select(slice(number, number + 1))
             scores += [model.match(read[part], key).cpu() for part in rows.to(batch.device).split(_TEXTS) if len(part)]
         done += len(batch)
     return torch.cat(scores)

@@ -51,7 +51,7 @@ class ImageKeys:
     def __init__(self, states: Tensor):
         self.states = states
         self._made: dict[BlipTextSelfAttention, tuple[Tensor, ...]] = {}
-        self._rows: Tensor | None = None
+        self._rows: Tensor | slice | None = None
 
     def of(self, layer: BlipTextSelfAttention) -> tuple[Tensor, ...]:
         """A layer's keys and values, [I, H, N, E] each."""
@@ -60,8 +60,8 @@ class ImageKeys:
         made = self._made[layer]
         return made if self._rows is None else tuple(each[self._rows] for each in made)
 
-    def select(self, rows: Tensor) -> ImageKeys:
-        """Some of these images, [R] of their numbers, any of them several times. What is projected stays shared."""
+    def select(self, rows: Tensor | slice) -> ImageKeys:
+        """Some of these images, [R] of their numbers, any several times, or a slice. What is projected stays shared."""
         chosen = ImageKeys(self.states)
         chosen._made, chosen._rows = self._made, rows
         return chosen
