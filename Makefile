@@ -1,6 +1,6 @@
-# make demo | demo-prompts | demo-explain | real | real-study | real-few-shot | test | test-newest | lint | fmt | docs |
-# bench | emulate | emulate-some | instructions | asan | wheel | gpu-wheels | gpu (gpu-test | gpu-bench | gpu-prompts). All
-# but gpu run in .venv, which the first target makes.
+# make demo | demo-prompts | demo-explain | demo-pretrain | real | real-study | real-few-shot | test | test-newest | lint |
+# fmt | docs | bench | emulate | emulate-some | instructions | asan | wheel | gpu-wheels | gpu (gpu-test | gpu-bench |
+# gpu-prompts). All but gpu run in .venv, which the first target makes.
 SHELL := /bin/bash -o pipefail
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts demo-explain real real-study real-few-shot test test-newest lint fmt docs bench emulate emulate-some \
+.PHONY: demo demo-prompts demo-explain demo-pretrain real real-study real-few-shot test test-newest lint fmt docs bench emulate emulate-some \
 	emulated instructions asan wheel clean gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
@@ -21,6 +21,9 @@ demo-prompts: $(INSTALLED)
 
 demo-explain: $(INSTALLED)
 	$(VENV)/bin/fastprob demo explain --out demo-out/explain
+
+demo-pretrain: $(INSTALLED)
+	$(VENV)/bin/fastprob demo pretrain --out demo-out/pretrain
 
 # Real pictures: towers over openclipart once (cached), an adapter by the ordinary commands, then adapters by cross weight
 # and loss and their report. real is a seed of every setting, real-study all seeds, what decides the sign, all rivals of

@@ -1,6 +1,8 @@
 """`fastprob pretrain`: fit, eval, caption and filter on files, one after another."""
 
+import html
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +58,9 @@ def test_fit_eval_caption_filter(capsys, table, tmp_path):
     checkpoint = tmp_path / "run"
     code, out, err = fitted(capsys, table, checkpoint)
     assert code == 0 and out.startswith(f"{checkpoint}/model.safetensors: loss "), err
+    losses = json.loads((checkpoint / "history.json").read_text())["losses"]
+    assert out.endswith(" (" + ", ".join(f"{name} {values[1]:.4f}" for name, values in losses.items()) + ")\n")
+    assert (checkpoint / "losses.png").read_bytes().startswith(b"\x89PNG")
     of = ["--data", table, "--checkpoint", checkpoint]
     code, out, _ = run(capsys, "eval", *of, "--first", 5, "--out", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
@@ -65,20 +70,29 @@ def test_fit_eval_caption_filter(capsys, table, tmp_path):
     for way in ("image -> text", "text -> image"):  # the same five, in another order
         assert found[f"{way}, by contrast"]["5"] == found[f"{way}, by matching"]["5"]
 
-    both = tmp_path / "written" / "both.json"
-    code, out, _ = run(capsys, "caption", *of, "--out", both, "--with-own", "--seed", 3, "--min-new-tokens", 4)
+    both, page = tmp_path / "written" / "both.json", ("--page", tmp_path / "captions.html")
+    code, out, _ = run(capsys, "caption", *of, "--out", both, "--with-own", "--seed", 3, "--min-new-tokens", 4, *page)
     assert code == 0 and out == f"12 captions of 12 images, for --data {both}@{tmp_path / 'pictures'}\n"
     data = open_dataset(out.split("--data ")[1].strip(), progress=False)
     assert [own[:2] for own in captions_of(data)] == [SCENES[i][1][:2] for i in order_of(data)]
     assert all(len(own) == 3 for own in captions_of(data))
+    text = html.unescape(page[1].read_text(encoding="utf-8"))
+    assert text.count("<img") == 12 and text.count("its own: ") == 24
+    for own in captions_of(data):
+        assert f">its own: {own[1]}</li>" in text and f">{own[2]}</li>" in text
 
     kept = tmp_path / "kept.json"
     of = ["--data", f"{both}@{tmp_path / 'pictures'}", "--checkpoint", checkpoint]
     made = Pretrained.load(checkpoint)
     matches = match_probabilities(made.model, Pixels(ImagesOf(data), made.preprocess), captions_of(data))
     middle = sorted(value for own in matches for value in own)[18]
-    code, out, _ = run(capsys, "filter", *of, "--out", kept, "--threshold", middle)
+    page = tmp_path / "kept.html"
+    code, out, _ = run(capsys, "filter", *of, "--out", kept, "--threshold", middle, "--page", page)
     assert code == 0 and out.startswith("18 of 36 captions, of ")
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert text.count("<img") == 12 and text.count(": left out</li>") == 18
+    least = min((value, caption) for own in zip(matches, captions_of(data)) for value, caption in zip(*own))
+    assert f">{least[0]:.2f} {least[1]}: left out</li>" in text
     expected = [[c for c, p in zip(*both) if p >= middle] for both in zip(captions_of(data), matches)]
     assert captions_of(open_dataset(f"{kept}@{tmp_path / 'pictures'}")) == [own for own in expected if own]
     code, _, err = run(capsys, "filter", *of, "--out", tmp_path / "none.json", "--threshold", 1)
@@ -120,7 +134,26 @@ def test_what_is_somebody_elses_stays(capsys, table, tmp_path):
         given = ["--data", table, "--checkpoint", tmp_path / "run", "--out", mine]
         code, _, err = run(capsys, command, *given)
         assert code == 2 and f"--out must be a new file, {mine} exists already" in err
-    assert mine.read_text() == "mine"
+    for command in ("caption", "filter"):
+        given = ["--data", table, "--checkpoint", tmp_path / "run", "--out", tmp_path / "new.json", "--page", mine]
+        code, _, err = run(capsys, command, *given)
+        assert code == 2 and f"--page must be a new file, {mine} exists already" in err
+    assert mine.read_text() == "mine" and not (tmp_path / "new.json").exists()
+
+
+def test_torchrun_trains_one_model_as_one_process_does(capsys, table, tmp_path):
+    given = ["--data", table, "--size", "tiny", "--epochs", "2", "--batch-size", "6", "--queue", "7", "--out"]
+    assert run(capsys, "fit", *given, tmp_path / "alone", "--device", "cpu")[0] == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastprob", "pretrain"]
+    command += ["fit", *given, tmp_path / "both", "--device", "cpu"]
+    both = subprocess.run([sys.executable, *map(str, command)], check=True, text=True, stdout=subprocess.PIPE)
+    assert both.stdout.count("model.safetensors: loss ") == 1
+    alone, joint = (json.loads((tmp_path / way / "history.json").read_text()) for way in ("alone", "both"))
+    assert joint["step_loss"] == pytest.approx(alone["step_loss"], rel=1e-4)
+    for name, values in alone["losses"].items():
+        assert joint["losses"][name] == pytest.approx(values, rel=1e-4)
+    alone, joint = (dict(Pretrained.load(tmp_path / way).model.named_parameters()) for way in ("alone", "both"))
+    assert max((joint[name] - weight).abs().max().item() for name, weight in alone.items()) < 1e-3
 
 
 def test_mistakes_are_named(capsys, table, tmp_path):

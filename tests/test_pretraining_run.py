@@ -118,6 +118,42 @@ def test_a_run_goes_on_from_another_ones_weights(tmp_path):
         fit(few, start=made, config=options("blip"), tokenizer=words_of(["a"]))
 
 
+@pytest.mark.parametrize(("losses", "still"), [("lm", "towers.text_projection.weight"), ("itc,itm", "decoder.cls.")])
+def test_only_the_losses_that_are_named_train(losses, still):
+    """And the loss is of them alone, while the history has all."""
+    before, _ = run("blip", epochs=1)
+    settings = {"start": before, "progress": False}
+    after, history = fit(SCENES, config=options("blip", epochs=1, losses=losses), **settings)
+    _, whole = fit(SCENES, config=options("blip", epochs=1), **settings)
+    assert 0.1 * whole["step_loss"][0] < history["step_loss"][0] < 0.9 * whole["step_loss"][0]
+    fixed = {name for name, weight in weights(before).items() if weights(after)[name].equal(weight)}
+    assert any(name.startswith(still) for name in fixed)
+    assert "towers.visual.conv1.weight" not in fixed
+    means = {name: values[0] for name, values in history["losses"].items()}
+    assert list(means) == ["itc", "itm", "lm"]
+    assert sum(means[name] for name in losses.split(",")) == pytest.approx(history["train_loss"][0], rel=1e-5)
+    matched = "matching.weight" not in fixed
+    assert matched == ("itm" in losses)
+
+
+def test_augmented_images_are_others_every_epoch_and_the_same_when_resumed(monkeypatch):
+    shown, update = [], training._Run.update
+
+    def seen(self, pixels, *others):
+        shown.append(pixels)
+        return update(self, pixels, *others)
+
+    monkeypatch.setattr(training._Run, "update", seen)
+    whole = [run("blip", augment=True)[0] for _ in range(2)]
+    assert same(*map(weights, whole))
+    assert all(a.equal(b) for a, b in zip(shown[:6], shown[6:], strict=True))
+    assert [len(pixels) for pixels in shown[:6]] == [8, 8, 4, 8, 8, 4]
+    preprocess = whole[0].preprocess
+    plain = {preprocess(SCENES[i][0]).numpy().tobytes() for i in range(20)}
+    every = [{image.numpy().tobytes() for pixels in part for image in pixels} for part in (shown[:3], shown[3:6])]
+    assert len(every[0] | every[1]) > 38 and len(plain & (every[0] | every[1])) <= 2
+
+
 def fit_on_rank(rank, directory):
     configs.SIZES["small"] = TINY
     torch.set_num_threads(1)
@@ -151,6 +187,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
     "changes, message",
     [
         ({"objective": "clip"}, "objective must be one of 'albef', 'blip', got 'clip'"),
+        ({"losses": "lm,mlm"}, "losses must be all, or of itc,itm,lm, got 'lm,mlm'"),
+        ({"objective": "albef", "losses": "lm"}, "losses must be all, or of itc,itm,mlm, got 'lm'"),
         ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
         ({"momentum": 1.5}, r"momentum must be in 0\.\.1, got 1\.5"),
         ({"lr": float("nan")}, "lr must be finite and > 0, got nan"),
@@ -168,6 +206,8 @@ def test_an_image_without_a_caption_is_named(tmp_path):
     data.captions, data.caption_image = data.captions[:15], data.caption_image[:15]
     with pytest.raises(ValueError, match="data must have a caption of every image, image 3 has none"):
         fit(data, directory=tmp_path / "run")
+    with pytest.raises(ValueError, match="data must have at least one image, got none"):
+        fit(Recaptioned(data, [[], [], [], []]), directory=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -31,7 +31,7 @@ def info(args: argparse.Namespace) -> None:
     print(fastprob.info())
 
 
-DEMOS = ("probvlm", "prompts", "explain")
+DEMOS = ("probvlm", "prompts", "explain", "pretrain")
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:

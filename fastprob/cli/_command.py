@@ -8,13 +8,14 @@ import sys
 import typing
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from torch import Tensor
 
     from fastprob.encoders import Encoder
 
+T = TypeVar("T")
 
 GOOD_MODELS = (
     "as --model ViT-B-32 --pretrained laion2b_s34b_b79k (fast), ViT-B-16-SigLIP2 and webli, or ViT-L-14 and "
@@ -110,10 +111,10 @@ def refuse(args: argparse.Namespace, names: Iterable[str], where: str) -> None:
         raise ValueError(f"{odd[0]} is not for {where}")
 
 
-def check_new(path: Path) -> None:
-    """Before anything long is done. Raises ValueError for an --out that exists."""
-    if path.exists():
-        raise ValueError(f"--out must be a new file, {path} exists already")
+def check_new(path: Path | None, option: str = "--out") -> None:
+    """Before anything long is done. Raises ValueError for a file that exists."""
+    if path is not None and path.exists():
+        raise ValueError(f"{option} must be a new file, {path} exists already")
 
 
 def add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None:
@@ -122,14 +123,18 @@ def add_options(group: argparse._ArgumentGroup, options: dict[str, str]) -> None
 
 
 def write_report(report: Any, directory: Path, command: str) -> list[tuple[str, Path]]:
-    """Save a report and draw its figures, or say on stderr that there are none without matplotlib; return title and
-    file of each."""
+    """Save a report and draw its figures; return title and file of each."""
     report.save(directory)
+    return drawn(command, lambda: report.draw(directory)) or []
+
+
+def drawn(command: str, draw: Callable[[], T]) -> T | None:
+    """What `draw` returns; None, said on stderr, where it finds no matplotlib."""
     try:
-        return report.draw(directory)
+        return draw()
     except ImportError as error:
         print(f"fastprob {command}: no figures: {error}", file=sys.stderr)
-        return []
+        return None
 
 
 def device_of(name: str | None) -> str:

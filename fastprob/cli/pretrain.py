@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprob.cli._command import DATA, Command, add_fields, add_reading, check_new, device_of, open_data
+from fastprob.cli._command import DATA, Command, add_fields, add_reading, check_new, device_of, drawn, open_data
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs: `fastprob --help` should not wait for it
     from fastprob.data.pixels import Pixels
@@ -33,17 +33,24 @@ def fit_options(parser: argparse.ArgumentParser) -> None:
 
 def fit(args: argparse.Namespace) -> None:
     from fastprob.pretraining.config import MODEL, PretrainConfig, Pretrained
+    from fastprob.pretraining.pages import draw_losses
     from fastprob.pretraining.training import fit
-    from fastprob.training import LAST
+    from fastprob.training import LAST, joined, rank
 
     config = PretrainConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(PretrainConfig)})
     if not args.resume and ((args.out / LAST).exists() or (args.out / MODEL).exists()):
         raise ValueError(f"{args.out} holds a run already; go on with it by --resume, or choose another --out")
-    options: dict[str, Any] = {"resume": args.resume, "device": device_of(args.device), "workers": args.workers}
+    options: dict[str, Any] = {"resume": args.resume, "workers": args.workers}
     options["tokenizer"] = None if args.tokenizer is None else tokenizer_of(args.tokenizer)
     options["start"] = None if args.start is None else Pretrained.load(args.start)
-    _, history = fit(open_data(args), config=config, directory=args.out, **options)
-    print(f"{args.out / MODEL}: loss {history['train_loss'][-1]:.4f}")
+    data = open_data(args)
+    with joined(device_of(args.device)) as device:
+        first = rank() == 0
+        _, history = fit(data, config=config, directory=args.out, device=device, progress=first, **options)
+    if first:
+        each = ", ".join(f"{name} {values[-1]:.4f}" for name, values in history["losses"].items())
+        print(f"{args.out / MODEL}: loss {history['train_loss'][-1]:.4f} ({each})")
+        drawn("pretrain fit", lambda: draw_losses(history["losses"], args.out / "losses.png"))
 
 
 def tokenizer_of(name: str) -> Any:
@@ -98,8 +105,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from fastprob.evaluation.tables import aligned
     from fastprob.pretraining.retrieval import recalls, retrieve
 
-    if args.out is not None:
-        check_new(args.out)
+    check_new(args.out)
     data, made, pixels = opened(args)
     captions = captions_of(data)
     image = torch.arange(len(captions)).repeat_interleave(torch.tensor([len(own) for own in captions]))
@@ -121,6 +127,8 @@ def evaluate(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------ caption, filter
 
 
+PAGE = "new file: the first pictures over their captions, as one HTML file"
+
 GENERATE = {
     "num_beams": (int, "beam search, greedy with 1 (default: words are drawn)"),
     "top_p": (float, "of drawn words: the likeliest that make up so much (default: 0.9)"),
@@ -135,6 +143,7 @@ GENERATE = {
 def caption_options(parser: argparse.ArgumentParser) -> None:
     use_options(parser)
     parser.add_argument("--out", required=True, type=Path, help="new file: COCO's JSON, for --data of other commands")
+    parser.add_argument("--page", type=Path, help=PAGE)
     parser.add_argument("--with-own", action="store_true", help="beside the captions that the data has")
     parser.add_argument("--prompt", default="", help="how every caption begins; it is left out of them")
     parser.add_argument("--seed", type=int, default=0, help="of drawn words (default: 0)")
@@ -146,8 +155,10 @@ def caption(args: argparse.Namespace) -> None:
     from fastprob.data.captions import captions_of
     from fastprob.pretraining.capfilt import save_captions, write_captions
     from fastprob.pretraining.objectives import BLIP
+    from fastprob.pretraining.pages import write_captioned
 
     check_new(args.out)
+    check_new(args.page, "--page")
     data, made, pixels = opened(args)
     if not isinstance(made.model, BLIP):
         raise ValueError(f"{args.checkpoint}: must be a run of blip to write captions, got {made.config.objective}")
@@ -159,6 +170,9 @@ def caption(args: argparse.Namespace) -> None:
     captions = [[*before, text] if text else before for before, text in zip(own, written)]
     saved = save_captions(args.out, pixels.images, files_of(data), captions)
     print(f"{sum(map(bool, written))} captions of {len(written)} images, for --data {saved}")
+    if args.page is not None:
+        lines = [[*(f"its own: {text}" for text in before), text] for before, text in zip(own, written)]
+        write_captioned(args.page, f"Captions of {data.name}", data, lines, [("Model", str(args.checkpoint))])
 
 
 def files_of(data: Any) -> list[Any]:
@@ -169,14 +183,17 @@ def files_of(data: Any) -> list[Any]:
 def filter_options(parser: argparse.ArgumentParser) -> None:
     use_options(parser)
     parser.add_argument("--out", required=True, type=Path, help="new file: COCO's JSON, for --data of other commands")
+    parser.add_argument("--page", type=Path, help=PAGE)
     parser.add_argument("--threshold", type=float, default=0.5, help="least probability of a match (default: 0.5)")
 
 
 def filter(args: argparse.Namespace) -> None:
     from fastprob.data.captions import captions_of
     from fastprob.pretraining.capfilt import match_probabilities, save_captions
+    from fastprob.pretraining.pages import write_captioned
 
     check_new(args.out)
+    check_new(args.page, "--page")
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be in 0..1, got {args.threshold}")
     data, made, pixels = opened(args)
@@ -191,6 +208,13 @@ def filter(args: argparse.Namespace) -> None:
         raise ValueError(f"no caption of {before} is a match by --threshold {args.threshold}")
     saved = save_captions(args.out, pixels.images, files_of(data), kept)
     print(f"{after} of {before} captions, of {sum(map(bool, kept))} of {len(kept)} images, for --data {saved}")
+    if args.page is not None:
+        said = [("Model", str(args.checkpoint)), ("Kept", f"{after} of {before}, from {args.threshold:g} on")]
+        lines = [
+            [f"{match:.2f} {text}" + ("" if match >= args.threshold else ": left out") for text, match in zip(*both)]
+            for both in zip(captions, matches)
+        ]
+        write_captioned(args.page, f"What matches in {data.name}", data, lines, said)
 
 
 COMMANDS = {

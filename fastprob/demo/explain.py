@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from fastprob.demo.explain_maps import (
     scenes_of,
 )
 from fastprob.demo.explain_report import draw_grid, write_report
-from fastprob.demo.study import each_on_a_thread
+from fastprob.demo.study import each_on_a_thread, once
 
 SEEDS = (0, 1, 2)
 LAYERS, BETAS = (0, 1), (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -56,18 +56,6 @@ def run(out: Path, *, size: Size | None = None, seeds: Sequence[int] = SEEDS, be
     print(f"\n{text}\nWritten to {out / 'report.md'}")
 
 
-def _once(path: Path, of: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured, by a file unless it is of something else."""
-    of = json.loads(json.dumps(of))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["of"] == of:
-            return found
-    found = {"of": of, **measure()}
-    write_atomically(path, json.dumps(found) + "\n")
-    return found
-
-
 def _try(runs: Path, size: Size, unit: tuple[int, Setting]) -> dict[str, Any]:
     """M2IB by a setting, on validation scenes."""
     seed, setting = unit
@@ -79,7 +67,7 @@ def _try(runs: Path, size: Size, unit: tuple[int, Setting]) -> dict[str, Any]:
         return {"image": _of_image(scenes, one), "text": _of_side(scenes, FULL, full, "text")}
 
     of = {"seed": seed, **setting._asdict(), "size": asdict(size)}
-    return _once(runs / f"layer{setting.layer}-beta{setting.beta}-seed{seed}.json", of, measure)
+    return once(runs / f"layer{setting.layer}-beta{setting.beta}-seed{seed}.json", of, measure)
 
 
 def _best(tried: Sequence[dict[str, Any]], side: str) -> Setting:
@@ -97,7 +85,7 @@ def _whole(runs: Path, size: Size, seed: int) -> float:
     def measure() -> dict[str, Any]:
         return {"loss": _roar_loss(size, seed, None, "both")}
 
-    return _once(runs / f"whole-seed{seed}.json", {"seed": seed, "size": asdict(size)}, measure)["loss"]
+    return once(runs / f"whole-seed{seed}.json", {"seed": seed, "size": asdict(size)}, measure)["loss"]
 
 
 def _judge(runs: Path, size: Size, chosen: Chosen, unit: tuple[int, str]) -> dict[str, Any]:
@@ -115,7 +103,7 @@ def _judge(runs: Path, size: Size, chosen: Chosen, unit: tuple[int, str]) -> dic
         return found | {"sanity": _sanity(size, chosen, seed, name)}
 
     of = {"seed": seed, "name": name, "chosen": chosen, "size": asdict(size)}
-    return _once(runs / f"{name.replace(' ', '-')}-seed{seed}.json", of, measure)
+    return once(runs / f"{name.replace(' ', '-')}-seed{seed}.json", of, measure)
 
 
 def _of_image(scenes: Scenes, found: Attribution) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -9,11 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from fastprob._files import write_atomically
 from fastprob.adapters import TrainConfig, fit
 from fastprob.adapters.report import Report, evaluate_store
 from fastprob.data.store import EmbeddingStore
@@ -73,6 +75,18 @@ def each_on_a_thread(function: Callable[[T], R], settings: Sequence[T], descript
     context = multiprocessing.get_context("spawn")  # a forked torch would hang
     with ProcessPoolExecutor(torch.get_num_threads(), context, torch.set_num_threads, (1,)) as pool:
         return list(tqdm(pool.map(function, settings), description, len(settings), unit="run"))
+
+
+def once(path: Path, of: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured, by a file unless it is of something else."""
+    of = json.loads(json.dumps(of))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["of"] == of:
+            return found
+    found = {"of": of, **measure()}
+    write_atomically(path, json.dumps(found) + "\n")
+    return found
 
 
 def _report(train: Path, test: Path, config: TrainConfig) -> Report:

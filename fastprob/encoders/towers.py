@@ -13,6 +13,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import transforms
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,15 @@ class ImageTower(_Tower):
 def conversion(preprocess: Callable) -> list[Callable]:
     """The last steps of open_clip's transform, of an image that has its size: RGB, tensor, normalised."""
     return preprocess.transforms[-3:]
+
+
+def augmented(
+    preprocess: Callable, size: Sequence[int], *, least: float = 0.08, then: Sequence[Callable] = ()
+) -> Callable:
+    """The transform with a random crop of this share of the image or more instead of `resizing`, flipped every other
+    time, and what else is to come then. size: H, W."""
+    crop = transforms.RandomResizedCrop(size, (least, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *then, *conversion(preprocess)])
 
 
 def resizing(preprocess: Callable) -> list[Callable]:

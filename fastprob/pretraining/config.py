@@ -40,8 +40,12 @@ class Size:
     dim: int
 
 
-SIZES = {"small": Size(32, 8, 128, 4, 4, 32, 64), "base": Size(224, 16, 768, 12, 12, 40, 256)}
-"""One for small pictures and few words, which a laptop trains in minutes; the papers'."""
+SIZES = {
+    "tiny": Size(32, 16, 64, 2, 2, 16, 64),
+    "small": Size(32, 8, 128, 4, 4, 32, 64),
+    "base": Size(224, 16, 768, 12, 12, 40, 256),
+}
+"""The built-in scenes', a minute or two of one core; one for small pictures and few words; the papers'."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -59,8 +63,10 @@ class PretrainConfig:
     size: str = _option("small", f"one of {', '.join(SIZES)}: of both towers")
     model: str | None = _option(None, "image tower: that of an open_clip model, a vision transformer; else by size")
     pretrained: str | None = _option(None, "its weights: open_clip tag or checkpoint file")
+    losses: str = _option("all", "those that train, as itc,itm for a filter and lm for a captioner")
     epochs: int = _option(20, "passes over the images")
     batch_size: int = _option(64, "images of a step")
+    augment: bool = _option(False, "random crops, flips and RandAugment, as BLIP; not where a flip changes the meaning")
     captions: int = _option(1, "captions of an image in a step; they share the image's keys and values")
     lr: float = _option(3e-4, "learning rate of AdamW after its warm-up; it falls to zero along a cosine")
     weight_decay: float = _option(0.05, "of AdamW")
@@ -73,6 +79,9 @@ class PretrainConfig:
     def __post_init__(self):
         for name, choices in (("objective", OBJECTIVES), ("size", SIZES), ("precision", PRECISIONS)):
             one_of("PretrainConfig", name, getattr(self, name), tuple(choices))
+        names = OBJECTIVES[self.objective].names
+        if self.losses != "all" and not set(self.losses.split(",")) <= set(names):
+            raise ValueError(f"PretrainConfig: losses must be all, or of {','.join(names)}, got {self.losses!r}")
         least = {"epochs": 1, "batch_size": 1, "captions": 1, "queue": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)

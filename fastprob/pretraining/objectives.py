@@ -41,6 +41,9 @@ class _Objectives(nn.Module):
     """What both train with: contrast and matching."""
 
     towers: Towers
+    names: ClassVar[tuple[str, ...]]
+    """Of the losses."""
+
     special: ClassVar[dict[str, Any]] = {}
     """Tokens that a tokenizer gets where it lacks them."""
 
@@ -164,6 +167,8 @@ class ALBEF(_Objectives):
         ALBEF (Li et al., NeurIPS 2021).
     """
 
+    names = "itc", "itm", "mlm"
+
     def _build(self, visual: VisionTransformer, config: BlipTextConfig, dim: int) -> None:
         self.towers = AlbefTowers(visual, config, dim)
 
@@ -198,6 +203,7 @@ class BLIP(_Objectives):
         BLIP (Li et al., ICML 2022).
     """
 
+    names = "itc", "itm", "lm"
     special: ClassVar = {"bos_token": DEC, "additional_special_tokens": [ENC]}
 
     def _build(self, visual: VisionTransformer, config: BlipTextConfig, dim: int) -> None:

@@ -5,7 +5,7 @@ with random ones of its captions. A run directory holds
 
     last.pt             what a run resumes from: weights, the teacher with its queue, optimiser, random states
     model.safetensors   after the last epoch, with transformers' tokenizer.json beside it, for `Pretrained.load`
-    history.json        the loss of every step and epoch
+    history.json        the loss of every step and epoch, and the mean of each of the losses in every epoch
 
 each replaced in one step. Source: ALBEF (Li et al., NeurIPS 2021); BLIP (Li et al., ICML 2022).
 """
@@ -22,18 +22,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms import RandAugment
 from transformers import PreTrainedTokenizerBase
 
 from fastprob.data.captions import captions_of
 from fastprob.data.pairs import Owned
 from fastprob.data.pixels import ImagesOf, Pixels
 from fastprob.encoders.encoder import digest_of
+from fastprob.encoders.towers import augmented
 from fastprob.pretraining.config import MODEL, PRECISIONS, PretrainConfig, Pretrained, build
 from fastprob.pretraining.text import Texts
 from fastprob.pretraining.tokens import words_of
 from fastprob.pretraining.towers import Teacher
-from fastprob.training import Run, cosine, own_random_state, seed_all, seed_of, share
+from fastprob.training import Run, average, cosine, own_random_state, seed_all, seed_of, share
 
 _RAMP = 2
 """Epochs over which alpha rises, as in BLIP."""
@@ -78,6 +80,8 @@ def fit(
     if resume and directory is None:
         raise ValueError("fit: resume needs the directory of the run, got None")
     captions = captions_of(data)
+    if not captions:
+        raise ValueError("fit: data must have at least one image, got none")
     bare = next((image for image, own in enumerate(captions) if not own), None)
     if bare is not None:
         raise ValueError(f"fit: data must have a caption of every image, image {bare} has none")
@@ -106,6 +110,16 @@ def _tokenizer_of(
     return start.model.tokenizer
 
 
+class _Sums(nn.Module):
+    """Of this epoch's losses, each by itself."""
+
+    total: Tensor
+
+    def __init__(self, losses: int):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(losses))
+
+
 class _Run(Run):
     def __init__(
         self,
@@ -126,6 +140,9 @@ class _Run(Run):
             model.load_state_dict(start.model.state_dict())
         self.start_from = None if start is None else digest_of(start.model).hexdigest()
         self.teacher = Teacher(model.towers, config.queue, momentum=config.momentum, seed=config.seed).to(device)
+        names = model.names
+        self.chosen = names if config.losses == "all" else config.losses.split(",")
+        self.sums = _Sums(len(names)).to(device)
         self.pixels = Pixels(ImagesOf(data), self.made.preprocess, workers=workers)
         self.texts = [caption for own in captions for caption in own]
         counts = torch.tensor([len(own) for own in captions])
@@ -134,13 +151,14 @@ class _Run(Run):
         super().__init__(
             format="fastprob.pretraining.training/1",
             model=model,
-            optimizer=torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay),
+            optimizer=torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True),
             rate=lambda step: _rate(step, steps, config.epochs * steps),
             epochs=config.epochs,
             steps=steps,
             directory=directory,
-            extras={"teacher": self.teacher},
+            extras={"teacher": self.teacher, "sums": self.sums},
         )
+        self.history["losses"] = {name: [] for name in names}
         model.train()
 
     def start(self) -> None:
@@ -153,9 +171,16 @@ class _Run(Run):
         image, caption = self.of.epoch(seed_of(self.config.seed, self.epoch), self.config.captions)
         whole = list(zip(image.split(self.config.batch_size), caption.split(self.config.batch_size)))[self.step :]
         shares = [share(rows) for rows, _ in whole]
-        for (_, captions), rows, pixels in zip(whole, shares, self.pixels.read(shares)):
+        for (_, captions), rows, pixels in zip(whole, shares, self._read(shares)):
             texts = self.model.tokenize([self.texts[i] for i in captions.flatten().tolist()])  # as long on every rank
             yield pixels.to(self.device), texts.map(partial(share, run=self.config.captions)), rows.to(self.device)
+
+    def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
+        if not self.config.augment:
+            return self.pixels.read(batches)
+        then = [RandAugment(num_ops=2, magnitude=5)]
+        transform = augmented(self.made.preprocess, self.pixels.size, least=0.5, then=then)
+        return self.pixels.load(batches, transform, seed_of(self.config.seed, self.epoch))
 
     def loss(self, pixels: Tensor, texts: Texts, rows: Tensor) -> Tensor:
         step = self.epoch * self.steps + self.step
@@ -164,7 +189,15 @@ class _Run(Run):
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             seed = seed_of(self.config.seed, step)
             losses = self.model.losses(pixels, texts, rows, self.teacher, alpha=alpha, seed=seed)
-        return torch.stack([loss.float() for loss in losses.values()]).sum()
+        self.sums.total += torch.stack([loss.detach().float() for loss in losses.values()])
+        return torch.stack([losses[name].float() for name in self.chosen]).sum()  # others' weights have no gradient
+
+    def epoch_ended(self, train_loss: float) -> None:
+        total = self.sums.total / self.steps
+        average([total])
+        for name, loss in zip(self.made.model.names, total.tolist()):
+            self.history["losses"][name].append(loss)
+        self.sums.total.zero_()
 
     def identity(self) -> dict[str, Any]:
         words = hashlib.sha256(json.dumps(sorted(self.model.tokenizer.get_vocab().items())).encode()).hexdigest()

@@ -7,13 +7,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torchvision import transforms
 from tqdm import tqdm
 
 from fastprob.data.labelled import LabelledImages
 from fastprob.data.pixels import Pixels
 from fastprob.encoders import Encoder
-from fastprob.encoders.towers import conversion
+from fastprob.encoders.towers import augmented
 
 
 class Inputs:
@@ -58,13 +57,7 @@ class Inputs:
         With `augment`, an image's crop depends on its row and on `seed`.
         """
         if self.augment:
-            read = self._pixels.load(batches, _augmented(self.encoder.preprocess, self._pixels.size), seed)
+            read = self._pixels.load(batches, augmented(self.encoder.preprocess, self._pixels.size), seed)
         else:
             read = self._pixels.read(batches)
         return (images.to(self.encoder.device, non_blocking=True) for images in read)
-
-
-def _augmented(preprocess: transforms.Compose, size: torch.Size) -> transforms.Compose:
-    """The released augmentation: a random crop of 8 to 100 % of the image, flipped every other time; then as before."""
-    crop = transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *conversion(preprocess)])

@@ -6,12 +6,30 @@ before a step. So a run's steps, and what resumes from them, do not depend on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """With the other processes, where torchrun started this one; yields this one's device, of this kind."""
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:
