@@ -2,8 +2,8 @@
 
 The web's captions are one of each scene, and a share of them are false. A BLIP that trained on them is tuned on a few
 clean scenes, once as a captioner and once as a filter; the captioner writes a caption of every scene of the web, and
-the filter keeps of both captions what it takes for a match. BLIPs from the same start on each set of captions are
-judged on scenes that none has seen.
+the filter keeps of both captions what it takes for a match. BLIPs from the same start, of as many steps on each set of
+captions, are judged on scenes that none has seen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from fastprob._files import write_atomically
@@ -38,7 +39,7 @@ from fastprob.demo.pretrain_report import (
 from fastprob.demo.study import each_on_a_thread, once
 from fastprob.pretraining.capfilt import NUCLEUS as DRAWN
 from fastprob.pretraining.capfilt import match_probabilities, write_captions
-from fastprob.pretraining.config import MODEL, PretrainConfig, Pretrained
+from fastprob.pretraining.config import PretrainConfig, Pretrained
 from fastprob.pretraining.retrieval import recalls, retrieve
 from fastprob.pretraining.training import fit
 from fastprob.training import LAST
@@ -46,21 +47,20 @@ from fastprob.training import LAST
 SAID = (0, 1, 2)
 """Levels of captions that are used: the others are "two digits" and "handwriting"."""
 
-THRESHOLD = 0.5
-"""Least probability of a match, of captions that are kept."""
-
 DECODING: dict[str, dict[str, Any]] = {BEAM: {"num_beams": 3, "min_new_tokens": 5}, NUCLEUS: {**DRAWN, "top_p": 0.8}}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Scenes of the web, clean ones, ones to judge on; epochs of a model, and of tuning on the clean ones."""
+    """Scenes of the web, clean ones to tune on and to set the filter's threshold by, ones to judge on; epochs on all of
+    the web, and of tuning; the share of false captions."""
 
     web: int = 7000
-    clean: int = 800
+    clean: int = 1200
+    held: int = 300
     test: int = 300
     epochs: int = 5
-    tuning: int = 15
+    tuning: int = 12
     false: float = 0.4
 
 
@@ -134,20 +134,21 @@ def told(captions: Sequence[str], scenes: DigitScenes) -> dict[str, Any]:
 
 
 def _trained(runs: Path, size: Size, setting: Setting) -> Pretrained:
-    """From the tiny CLIP's image tower and a text tower of nothing, on the scenes of the web."""
+    """From the tiny CLIP's image tower and a text tower of nothing, on scenes of the web, as many steps on all sets."""
     web = Web(size, setting.seed)
     data = Recaptioned(web.scenes, _captions(runs, size, setting, web))
     name = f"{setting.objective}-{setting.captions.replace(' ', '-')}"
-    return _fit(runs / f"seed{setting.seed}" / name, data, _config(setting, size.epochs, 1e-3), None)
+    epochs = round(size.epochs * size.web / max(len(data), 1))
+    return _fit(runs / f"seed{setting.seed}" / name, data, _config(setting, epochs, 1e-3), None)
 
 
 def _captions(runs: Path, size: Size, setting: Setting, web: Web) -> list[list[str]]:
     """Of every scene of the web, perhaps none."""
     if setting.captions in (WEB, TRUE):
         return [[caption] for caption in (web.captions if setting.captions == WEB else web.true_captions)]
-    of_scenes = _capfilt(runs, size, setting.seed)["scenes"]
+    found = _capfilt(runs, size, setting.seed)
     sides = (WEB,) if setting.captions == FILTERED else (WEB, NUCLEUS)
-    return [[scene[side][0] for side in sides if scene[side][1] >= THRESHOLD] for scene in of_scenes]
+    return [[scene[side][0] for side in sides if scene[side][1] >= found["threshold"]] for scene in found["scenes"]]
 
 
 def _config(setting: Setting, epochs: int, lr: float, losses: str = "all") -> PretrainConfig:
@@ -156,10 +157,8 @@ def _config(setting: Setting, epochs: int, lr: float, losses: str = "all") -> Pr
 
 
 def _fit(directory: Path, data: Any, config: PretrainConfig, start: Pretrained | None) -> Pretrained:
-    if (directory / MODEL).exists():
-        return Pretrained.load(directory)
-    resume = (directory / LAST).exists()
-    return fit(data, config=config, start=start, directory=directory, resume=resume, device="cpu", progress=False)[0]
+    options = {"directory": directory, "resume": (directory / LAST).exists(), "device": "cpu", "progress": False}
+    return fit(data, config=config, start=start, **options)[0]
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
@@ -211,35 +210,46 @@ def _trivial(size: Size, seed: int) -> dict[str, float]:
 
 
 def _capfilt(runs: Path, size: Size, seed: int) -> dict[str, Any]:
-    """Of every scene of the web its caption and the written ones, each with the probability of a match; and how good
-    both are."""
+    """Of every scene of the web its caption and the written ones, each with the probability of a match; the filter's
+    threshold; and how good it all is."""
     setting = Setting(seed, "blip", WEB)
 
     def measure() -> dict[str, Any]:
-        web, clean = Web(size, seed), DigitScenes("val", seed=seed, num_scenes=size.clean)
-        said = [[clean.captions[i + level] for level in SAID] for i in range(0, len(clean.captions), LEVELS)]
-        start = _trained(runs, size, setting)
+        web, val = Web(size, seed), DigitScenes("val", seed=seed, num_scenes=size.clean + size.held)
+        said = [[val.captions[i + level] for level in SAID] for i in range(0, len(val.captions), LEVELS)]
+        clean, start = Recaptioned(val, [*said[: size.clean], *[[]] * size.held]), _trained(runs, size, setting)
         captioner, judge = (
-            _fit(runs / f"seed{seed}" / f"tuned-{losses}", Recaptioned(clean, said), config, start)
-            for losses in ("lm", "itc,itm")
-            for config in [_config(setting, size.tuning, 3e-4, losses)]
+            _fit(runs / f"seed{seed}" / name, clean, _config(setting, size.tuning, 3e-4, losses), start)
+            for name, losses in (("captioner", "lm"), ("filter", "itc,itm"))
         )
         pixels = Pixels(ImagesOf(web.scenes), start.preprocess)
         every = {WEB: web.captions, **{way: _write(captioner, pixels, way, seed) for way in DECODING}}
         matches = match_probabilities(judge.model, pixels, list(zip(*every.values())), progress=False)
-        found = {}
+        threshold, found = _threshold(judge, Pixels(ImagesOf(val), start.preprocess), said, size.clean), {}
         for (name, captions), probability in zip(every.items(), torch.tensor(matches).T):
-            true, kept = is_true(captions, web.scenes), probability >= THRESHOLD
+            true, kept = is_true(captions, web.scenes), probability >= threshold
             found[name] = {
                 **told(captions, web.scenes),
+                "auroc": float(roc_auc_score(true, probability)),
                 "kept": _mean(kept),
                 "precision": _mean(true[kept]),
                 "recall": _mean(kept[true]),
             }
         scenes = [dict(zip(every, zip(captions, of))) for captions, of in zip(zip(*every.values()), matches)]
-        return {"found": found, "scenes": scenes}
+        return {"found": found, "threshold": threshold, "scenes": scenes}
 
     return once(runs / f"capfilt-seed{seed}.json", {"seed": seed, "size": asdict(size)}, measure)
+
+
+def _threshold(judge: Pretrained, pixels: Pixels, said: Sequence[list[str]], first: int) -> float:
+    """The least probability of captions that are kept: what tells the scenes' from `first` on own captions from the
+    next scene's best, by the share of own ones that are kept less that of the others."""
+    own = said[first:]
+    pairs = [[]] * first + [[*mine, *others] for mine, others in zip(own, [*own[1:], own[0]])]
+    matches = torch.tensor(match_probabilities(judge.model, pixels, pairs, progress=False)[first:])  # [N, both]
+    is_own = torch.arange(matches.shape[1]) < len(SAID)
+    others, kept, thresholds = roc_curve(is_own.expand_as(matches).flatten(), matches.flatten())
+    return float(thresholds[(kept - others).argmax()])
 
 
 def _write(made: Pretrained, pixels: Pixels, way: str, seed: int) -> list[str]:

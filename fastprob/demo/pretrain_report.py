@@ -31,7 +31,13 @@ SHOWN, COLUMNS = 8, 4
 WAYS = "image -> text", "text -> image"
 RETRIEVAL = [f"{way}, {rule}" for way in WAYS for rule in ("own", "true")]
 TOLD = {"true": "captions: true ↑", "different": "different", "digits": "digits named ↑"}
-CAPFILT = {"true": "true", "kept": "kept", "precision": "true of the kept ↑", "recall": "kept of the true ↑"}
+CAPFILT = {
+    "true": "true",
+    "auroc": "AUROC of the filter ↑",
+    "kept": "kept",
+    "precision": "true of the kept ↑",
+    "recall": "kept of the true ↑",
+}
 
 
 def write_report(out: Path, size: Any, models: Found, capfilt: Found, trivial: Found) -> str:
@@ -47,14 +53,16 @@ captions and weights; percent, mean ± standard deviation over the seeds. One da
 says what real pictures give.
 
 The web: {size.web} scenes with a caption each, {100 * size.false:.0f} % of which are of another scene and false. \
-Image towers begin as the tiny CLIP's, which has seen true captions; text towers from nothing. {size.epochs} epochs \
-each. Captioner and filter: the BLIP of the web's captions, tuned apart on {size.clean} clean scenes.
+Image towers begin as the tiny CLIP's, which has seen true captions; text towers from nothing; {size.epochs} epochs \
+of all scenes, and as many steps where captions are left out. Captioner and filter: the BLIP of the web's captions, \
+tuned apart on {size.clean} clean scenes; the filter's threshold is set by {size.held} others, their own captions \
+against the next scene's.
 
 ## What the filter keeps
 
 {_capfilt_table(capfilt)}
 
-Kept: probability of a match from 0.5 on. Different: of 100 captions; digits: that one names, the truth has 1 to 3.
+Different: of 100 captions; digits: that one names, the truth has 1 to 3.
 
 ![scenes of the web, their captions and written ones](web.png)
 
