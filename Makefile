@@ -10,8 +10,8 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait at a barrier give up their core: on a shared machine spinning ones cost ten times the work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo demo-prompts demo-explain demo-pretrain real real-study real-few-shot test test-newest lint fmt docs bench emulate emulate-some \
-	emulated instructions asan wheel clean gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
+.PHONY: demo demo-prompts demo-explain demo-pretrain real real-study real-few-shot test test-newest lint fmt docs bench \
+	emulate emulate-some emulated instructions asan wheel clean gpu gpu-test gpu-bench gpu-prompts gpu-site gpu-wheels
 
 demo: $(INSTALLED)
 	$(VENV)/bin/fastprob demo --out demo-out

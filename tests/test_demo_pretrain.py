@@ -184,6 +184,12 @@ def test_it_goes_on_with_what_is_missing(out, monkeypatch):
         pretrain.run(out, size=dataclasses.replace(SIZE, web=81), seeds=(0, 1))
 
 
+def test_of_one_seed_there_is_no_deviation(out):
+    pretrain.run(out, size=SIZE)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "Percent, 1 seed of" in text and "±" not in text and "BLIP, true | " in text
+
+
 def test_the_threshold_tells_own_captions_from_the_next_scenes_best(out):
     """Of all thresholds, by hand."""
     judge, val = Pretrained.load(out / "runs" / "seed0" / "filter"), DigitScenes("val", num_scenes=12)

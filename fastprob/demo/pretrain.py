@@ -86,10 +86,11 @@ def run(out: Path, *, size: Size | None = None, seeds: Sequence[int] = (0,)) -> 
     found = {"models": judged, "capfilt": [of["found"] for of in filtered], "trivial": trivial}
     results = {"size": asdict(size), "seeds": list(seeds), **found}
     write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
-    web, test = Web(size, seeds[0]), test_of(size, seeds[0])
-    draw_web(out / "web.png", web.scenes, filtered[0])
-    draw_captions(out / "captions.png", test, [each for each in judged if each["of"]["seed"] == seeds[0]])
-    text = write_report(out, size, **found)
+    draw_web(out / "web.png", Web(size, seeds[0]).scenes, filtered[0])
+    draw_captions(
+        out / "captions.png", test_of(size, seeds[0]), [each for each in judged if each["of"]["seed"] == seeds[0]]
+    )
+    text = write_report(out, size, levels=len(SAID), **found)
     print(f"\n{text}\nWritten to {out / 'report.md'}")
 
 
@@ -202,7 +203,7 @@ def _retrieval(made: Pretrained, scenes: DigitScenes) -> dict[str, float]:
 
 def _trivial(size: Size, seed: int) -> dict[str, float]:
     """Retrieval by chance, and of the captions used the one that is true of most test scenes, for all of them."""
-    scenes = DigitScenes("test", seed=seed, num_scenes=size.test)
+    scenes = test_of(size, seed)
     captions, truths = _said(scenes)
     chance = {f"{way}, {rule}, matching": _mean(truth) for rule, truth in truths.items() for way in WAYS}
     best = captions[int(truths["true"].sum(1).argmax())]

@@ -40,17 +40,18 @@ CAPFILT = {
 }
 
 
-def write_report(out: Path, size: Any, models: Found, capfilt: Found, trivial: Found) -> str:
+def write_report(out: Path, size: Any, *, levels: int, models: Found, capfilt: Found, trivial: Found) -> str:
     """Write `out`/report.md; return its text.
 
-    size: of `fastprob.demo.pretrain`; trivial: what chance and a constant caption give.
+    size: of `fastprob.demo.pretrain`; levels: captions of a test scene; trivial: what chance and a constant caption
+    give.
     """
     seeds = len(capfilt)
+    over = "1 seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
     text = f"""# ALBEF, BLIP and CapFilt on DigitScenes
 
-fastprob {fastprob.__version__}, torch {torch.__version__}, {platform.machine()} CPU. {seeds} seeds of scenes, \
-captions and weights; percent, mean ± standard deviation over the seeds. One data set of small scenes: nothing here \
-says what real pictures give.
+fastprob {fastprob.__version__}, torch {torch.__version__}, {platform.machine()} CPU. Percent, {over} of \
+scenes, captions and weights. One data set of small scenes: nothing here says what real pictures give.
 
 The web: {size.web} scenes with a caption each, {100 * size.false:.0f} % of which are of another scene and false. \
 Image towers begin as the tiny CLIP's, which has seen true captions; text towers from nothing; {size.epochs} epochs \
@@ -71,8 +72,8 @@ probability of a match.
 
 ## What the models are worth
 
-On {size.test} scenes that none has seen, and their {3 * size.test} captions. Recall@1, by matching the first 32 that \
-contrast finds; "own": the query's own scene or caption, "true": any that is true. Captions by three beams.
+On {size.test} scenes that none has seen, and their {levels * size.test} captions. Recall@1, by matching the first 32 \
+that contrast finds; "own": the query's own scene or caption, "true": any that is true. Captions by three beams.
 
 {_models_table(models, trivial)}
 
@@ -84,9 +85,10 @@ contrast finds; "own": the query's own scene or caption, "true": any that is tru
     return text
 
 
-def cell(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+def _cell(values: Sequence[float], scale: float = 100, digits: int = 1, sign: str = "") -> str:
+    """Mean and deviation; of one value itself."""
     mean, std = mean_std([scale * value for value in values])
-    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}" + (f" ± {std:.{digits}f}" if len(values) > 1 else "")
 
 
 def _capfilt_table(capfilt: Found) -> str:
@@ -94,8 +96,8 @@ def _capfilt_table(capfilt: Found) -> str:
     rows = [
         (
             {WEB: "the web's", NUCLEUS: "drawn (nucleus)", BEAM: "three beams"}[side],
-            *(cell([of[side][name] for of in capfilt]) for name in (*CAPFILT, "different")),
-            cell([of[side]["digits"] for of in capfilt], 1, 2),
+            *(_cell([of[side][name] for of in capfilt]) for name in (*CAPFILT, "different")),
+            _cell([of[side]["digits"] for of in capfilt], 1, 2),
         )
         for side in (WEB, NUCLEUS, BEAM)
     ]
@@ -113,8 +115,8 @@ def _by_model(models: Found) -> dict[str, Found]:
 def _models_table(models: Found, trivial: Found) -> str:
     def row(name: str, found: Found) -> list[str]:
         values = {key: [each[key] for each in found] for key in found[0]}
-        told = [cell(values[key], *((1, 2) if key == "digits" else ())) if key in values else "" for key in TOLD]
-        return [name, *(cell(values[f"{key}, matching"]) for key in RETRIEVAL), *told]
+        told = [_cell(values[key], *((1, 2) if key == "digits" else ())) if key in values else "" for key in TOLD]
+        return [name, *(_cell(values[f"{key}, matching"]) for key in RETRIEVAL), *told]
 
     header = ("", *(f"{name} ↑" for name in RETRIEVAL), *TOLD.values())
     rows = [row(name, found) for name, found in _by_model(models).items()]
@@ -129,9 +131,8 @@ def _verdict(models: Found) -> str:
     for captions in (FILTERED, CAPTIONED, TRUE):
         of = by_model[f"BLIP, {captions}"]
         gains = [
-            f"{title} {100 * mean:+.1f} ± {100 * std:.1f}"
+            f"{title} {_cell([a[key] - b[key] for a, b in zip(of, base, strict=True)], sign='+')}"
             for key, title in (*((f"{name}, matching", name) for name in RETRIEVAL), ("true", "true captions"))
-            for mean, std in [mean_std([a[key] - b[key] for a, b in zip(of, base, strict=True)])]
         ]
         parts.append(f"- {captions}: {', '.join(gains)}")
     return "Over the BLIP of the web's captions, in points, paired by seed:\n\n" + "\n".join(parts)

@@ -149,7 +149,7 @@ class _Run(Run):
         self.of = Owned(torch.arange(len(captions)).repeat_interleave(counts), len(captions))
         steps = math.ceil(len(captions) / config.batch_size)
         super().__init__(
-            format="fastprob.pretraining.training/1",
+            format="fastprob.pretraining.training/2",
             model=model,
             optimizer=torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True),
             rate=lambda step: _rate(step, steps, config.epochs * steps),
